@@ -1,0 +1,1 @@
+"""titans-ds: test-time neural memory grafted onto pretrained causal language models."""
