@@ -65,17 +65,13 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         for name in ("dim", "depth", "inner_steps"):
-            _require(
-                getattr(self, name) >= 1, f"memory.{name} is {getattr(self, name)}; it must be 1 or more"
-            )
+            _require(getattr(self, name) >= 1, f"memory.{name} is {getattr(self, name)}; it must be 1 or more")
         _require(
             self.hidden_dim is None or self.hidden_dim >= 1,
             f"memory.hidden_dim is {self.hidden_dim}; it must be 1 or more",
         )
         _require(self.step_size > 0, f"memory.step_size is {self.step_size}; it must be above 0")
-        _require(
-            self.initial_scale >= 0, f"memory.initial_scale is {self.initial_scale}; it must not be negative"
-        )
+        _require(self.initial_scale >= 0, f"memory.initial_scale is {self.initial_scale}; it must not be negative")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -110,9 +106,7 @@ class GraftConfig:
         _require(0.0 <= self.gate_floor < 1.0, f"gate_floor is {self.gate_floor}; it must be in [0, 1)")
         _require(self.segment_tokens >= 1, f"segment_tokens is {self.segment_tokens}; it must be 1 or more")
         if isinstance(self.layers, list):
-            _require(
-                len(self.layers) > 0, "layers is an empty list; name at least one layer, or use 'attention'"
-            )
+            _require(len(self.layers) > 0, "layers is an empty list; name at least one layer, or use 'attention'")
             _require(len(set(self.layers)) == len(self.layers), f"layers {self.layers} names a layer twice")
 
     def to_dict(self) -> dict[str, Any]:
