@@ -1,0 +1,51 @@
+# make demo   set up, prepare, train, evaluate, report: from a bare checkout, on CPU or GPU
+# make test   set up, then every check: ruff, mypy --strict, import contracts, the test suite
+# Options: PYTHON=python3.12 (who makes the environment), VENV=DIR, TORCH=auto|system|torch==X (see requirements/install.sh),
+#          DEMO="--base Qwen/Qwen3.5-0.8B-Base" (options of launch/demo.py), PYTEST="-k memory" (options of pytest)
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= auto
+DEMO ?=
+PYTEST ?= -n 2
+
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.titans_ds_ready
+# One thread a process: the tests and the demo start several processes at a time.
+RUN := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: setup demo test lint types imports pytest format lock
+.DEFAULT_GOAL := test
+
+setup: $(READY)
+
+$(READY): pyproject.toml requirements/ci.txt requirements/install.sh
+	@requirements/install.sh $(VENV) $(PYTHON) $(TORCH)
+	@touch $@
+
+demo: setup
+	@$(RUN) python -m launch.demo $(DEMO)
+
+test: lint types imports pytest
+
+lint: setup
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+
+types: setup
+	@$(RUN) mypy
+
+imports: setup
+	@$(RUN) lint-imports
+
+pytest: setup
+	@$(RUN) python -m pytest $(PYTEST)
+
+format: setup
+	@$(RUN) ruff format .
+	@$(RUN) ruff check --fix .
+
+# Write down what this environment holds, for CI and for everyone else. torch is chosen apart, by requirements/install.sh.
+lock:
+	@{ echo "# Made by 'make lock' from a working environment; every extra of pyproject.toml is in it."; \
+	  $(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude titans-ds | grep -v -i -E '^(nvidia-|triton==)'; \
+	  } > requirements/ci.txt.new && mv requirements/ci.txt.new requirements/ci.txt
