@@ -35,7 +35,7 @@ types: setup
 	@$(RUN) mypy
 
 imports: setup
-	@$(RUN) lint-imports
+	@$(RUN) lint-imports --no-logo
 
 pytest: setup
 	@$(RUN) python -m pytest $(PYTEST)
