@@ -1,7 +1,7 @@
 """Settings of a grafted memory: typed, validated when made, and stored as adapter_config.json.
 
 The defaults of `MemoryConfig` and `GraftConfig` are the write rule and the injection of the paper that this project
-rebuilds ("Parametric Memory Cannot Replace Retrieval"); where that paper is silent, docs/architecture.md says what was chosen.
+rebuilds ("Parametric Memory Cannot Replace Retrieval"); where it is silent, docs/architecture.md says what was chosen.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class MemoryConfig:
         depth: number of weight matrices of f_W. Depth 1 is the linear memory of the delta rule.
         hidden_dim: width of the hidden layers of f_W; dim where not given. No meaning at depth 1.
         activation: between the matrices of f_W.
-        write: `pooled` writes the mean key and mean value of a segment (a gradient of rank 1 per matrix); `token` writes
-            all of its tokens (a gradient of rank up to min(tokens, dim)).
+        write: `pooled` writes the mean key and mean value of a segment (a gradient of rank 1 per matrix); `token`
+            writes all of its tokens (a gradient of rank up to min(tokens, dim)).
         token_shift: pair the key of token t - 1 with the value of token t, so that a key can ask for what follows it.
         inner_steps: gradient steps K on each segment.
         step_size: theta, the inner learning rate.
@@ -37,7 +37,8 @@ class MemoryConfig:
         key_projection: frozen with orthonormal rows, or learned.
         value_projection: frozen with orthonormal rows (a seed of its own), or learned.
         query_projection: frozen orthonormal (another seed), learned, or the key projection itself (`tied`).
-        tie_query_at_inference: in evaluation mode read with the key projection whatever was trained ("projection unification").
+        tie_query_at_inference: in evaluation mode read with the key projection, whatever was trained ("projection
+            unification").
         output_projection: transpose of the key projection as it was initialised (frozen), or learned.
         learn_initial_weights: train W_0, the fast weights that a new repository starts from.
         initial_scale: standard deviation of W_0, times 1 / sqrt(fan in).
@@ -72,6 +73,10 @@ class MemoryConfig:
         )
         _require(self.step_size > 0, f"memory.step_size is {self.step_size}; it must be above 0")
         _require(self.initial_scale >= 0, f"memory.initial_scale is {self.initial_scale}; it must not be negative")
+        _require(
+            self.initial_scale > 0 or self.depth == 1,
+            f"memory.initial_scale is 0 at depth {self.depth}: every inner gradient would be 0. Use a scale above 0",
+        )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -88,7 +93,8 @@ class GraftConfig:
         injection: `additive`: Attn(h) + s P_o f_W(q).
         gate_init: g at the start; the gate is s = floor(sigmoid(g)), 0.5 at g = 0.
         gate_floor: f in [0, 1), the least value of s.
-        gate_floor_mode: `clamp` max(f, sigmoid(g)), without gradient below the floor (the paper); `affine` f + (1 - f) sigmoid(g).
+        gate_floor_mode: `clamp` max(f, sigmoid(g)), without gradient below the floor (the paper); `affine`
+            f + (1 - f) sigmoid(g).
         segment_tokens: a file is read and written in segments of this many tokens.
         memory: the memory of each of these layers.
     """
@@ -145,8 +151,9 @@ def check_trainable(config: GraftConfig, order: Order) -> None:
     for name, wanted in asked.items():
         _require(
             not wanted,
-            f"memory.{name} is learned, but first-order training gives it no gradient ({_NEEDS_SECOND_ORDER[name]}, and "
-            f"states are detached between segments). Set training.order to 'second', or leave memory.{name} frozen.",
+            f"memory.{name} is learned, but first-order training gives it no gradient ({_NEEDS_SECOND_ORDER[name]}, "
+            "and states are detached between segments). "
+            f"Set training.order to 'second', or leave memory.{name} frozen.",
         )
 
 
@@ -165,6 +172,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin is list:
         return isinstance(value, list) and all(_fits(v, typing.get_args(hint)[0]) for v in value)
+    if origin in (dict, tuple):
+        return isinstance(value, origin)
     if origin is not None:  # a union
         return any(_fits(value, choice) for choice in typing.get_args(hint))
     if hint is float:

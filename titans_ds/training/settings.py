@@ -1,0 +1,261 @@
+"""Settings of a training run: what `launch/train.py` reads from YAML and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from titans_ds.config import GraftConfig, Order, check_choices, check_trainable
+from titans_ds.errors import ConfigError
+from titans_ds.training.segments import Layout
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The base model, and which of its parameters are trained.
+
+    Args:
+        base: folder or hub id of a pretrained causal LM.
+        architecture: instead of `base`, keys of a transformers configuration with its model_type, for a model with
+            random weights (seeded by training.seed).
+        tokenizer: folder, hub id or tokenizer.json file of the tokenizer; the one of `base` where not given.
+        dtype: of the base model, and of the arithmetic. Fast weights and optimizer are fp32 always.
+        trainable: `memory` trains the graft alone on a frozen base; `all` trains everything.
+        attn_implementation: passed to transformers.
+        trust_remote_code: run code that comes with the checkpoint. Off, unless you have read that code.
+        allow_pickle: also load weights that are not safetensors. A pickle can run any code: only from who you trust.
+    """
+
+    base: str | None = None
+    architecture: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trainable: Literal["memory", "all"] = "memory"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self, "model")
+        given = [self.base is not None, self.architecture is not None]
+        _require(sum(given) == 1, "set either model.base (pretrained) or model.architecture (random weights), not both")
+        architecture = self.architecture
+        _require(
+            architecture is None or isinstance(architecture.get("model_type"), str),
+            "model.architecture needs a model_type, such as 'qwen3_5_text'",
+        )
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where tokens come from, and how they are dealt to lanes.
+
+    Args:
+        corpus: a packed corpus, or a corpus folder of parquet files, which is then packed with the model's tokenizer.
+        train_split: trained on.
+        layout: `files` cuts each file into segments, and memory goes from one to the next within a repository;
+            `repository` joins a repository's files and fills every segment, for base pretraining without memory.
+        num_lanes: repositories read side by side, over all ranks: the batch size. A multiple of the number of ranks.
+        segment_tokens: of the layout `repository`; the layout `files` takes graft.segment_tokens where there is a graft.
+    """
+
+    corpus: str = ""
+    train_split: str = "train"
+    layout: Layout = "files"
+    num_lanes: int = 4
+    segment_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        _check(self, "data")
+        _require(bool(self.corpus), "data.corpus is not set; give a packed corpus, or a corpus folder of parquet files")
+        _at_least(self, "data", num_lanes=1, segment_tokens=2)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW with linear warm-up and cosine decay.
+
+    Args:
+        lr: peak learning rate.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: of matrices; gates, norms, biases and step sizes have none.
+        warmup_steps: steps of linear warm-up.
+        min_lr_ratio: the cosine ends at lr times this.
+        clip: greatest global gradient norm; 0 switches clipping off.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, "optimizer")
+        _require(self.lr > 0, f"optimizer.lr is {self.lr}; it must be above 0")
+        _require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas are {self.betas}; they must be in [0, 1)")
+        _at_least(self, "optimizer", eps=0, weight_decay=0, warmup_steps=0, min_lr_ratio=0, clip=0)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The loop.
+
+    Args:
+        steps: optimizer steps.
+        order: `first` detaches states between segments (one backward each); `second` keeps a window of segments as one
+            graph, so that the loss differentiates through the writes.
+        window: segments of every lane in a window.
+        accumulation: windows in an optimizer step. Accumulation runs along time, in the same lanes.
+        checkpointing: recompute the base model's activations in backward (non-reentrant).
+        reentrant: refused; here to say so.
+        loss_chunk_tokens: tokens whose logits exist at a time.
+        seed: of everything random.
+        log_interval: steps between lines of metrics.
+        nonfinite_limit: stop after this many steps in a row with a loss, gradient or state that is not finite.
+    """
+
+    steps: int = 1000
+    order: Order = "first"
+    window: int = 1
+    accumulation: int = 1
+    checkpointing: bool = False
+    reentrant: bool = False
+    loss_chunk_tokens: int = 1024
+    seed: int = 0
+    log_interval: int = 1
+    nonfinite_limit: int = 10
+
+    def __post_init__(self) -> None:
+        _check(self, "training")
+        _at_least(
+            self, "training", steps=1, window=1, accumulation=1, loss_chunk_tokens=1, log_interval=1, nonfinite_limit=1
+        )
+        _require(
+            not self.reentrant,
+            "training.reentrant is on; reentrant checkpointing gives wrong or missing gradients through a memory write "
+            "(silently at second order). Leave it off: training.checkpointing is non-reentrant",
+        )
+        _require(
+            self.order == "first" or self.window >= 2,
+            "training.order is 'second', but training.window is 1: no read follows a write in a window of one segment, so "
+            "the loss can't differentiate through it. Set training.window to 2 or more",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Held-out evaluation: loss with memory, ablated, and with another repository's memory.
+
+    Args:
+        interval: steps between evaluations; there is one at the end, too. 0 switches evaluation off.
+        split: held-out repositories.
+        repositories: how many of them, drawn by training.seed.
+        max_segments: of each repository, from its start.
+        group_size: repositories in a batch, each other's wrong memory; the same whatever the number of ranks.
+    """
+
+    interval: int = 500
+    split: str = "validation"
+    repositories: int = 64
+    max_segments: int = 8
+    group_size: int = 4
+
+    def __post_init__(self) -> None:
+        _check(self, "evaluation")
+        _at_least(self, "evaluation", interval=0, repositories=2, max_segments=2, group_size=2)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where the run lives.
+
+    Args:
+        dir: run folder; runs/NAME of the config file where not given.
+        overwrite: replace a run that is there.
+        tensorboard: write TensorBoard events beside metrics.jsonl.
+    """
+
+    dir: str | None = None
+    overwrite: bool = False
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self, "run")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a memory grafted on a causal LM, or the LM itself, with DeepSpeed.
+
+    Args:
+        model: the base model.
+        data: the corpus.
+        graft: memories and where they sit; null trains the base model without memory.
+        optimizer: AdamW and its schedule.
+        training: the loop.
+        evaluation: on held-out repositories.
+        deepspeed: DeepSpeed configuration (JSON), such as ds_configs/zero2.json; null runs plain torch in one process.
+        run: the run folder.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    graft: GraftConfig | None = None
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    deepspeed: str | None = "ds_configs/zero2.json"
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.graft is not None or self.model.trainable == "all",
+            "graft is null and model.trainable is 'memory': nothing to train. Set graft, or model.trainable to 'all'",
+        )
+        _require(
+            self.graft is None or self.data.layout == "files",
+            "data.layout is 'repository', where a segment may hold several files; a memory needs data.layout 'files'",
+        )
+        _require(
+            self.graft is not None or self.training.order == "first",
+            "training.order is 'second', but there is no memory to differentiate through. Set graft, or order to 'first'",
+        )
+        if self.graft is not None:
+            check_trainable(self.graft, self.training.order)
+
+    @property
+    def segment_tokens(self) -> int:
+        """T: tokens of a segment."""
+        return self.data.segment_tokens if self.graft is None else self.graft.segment_tokens
+
+    @property
+    def segments_per_step(self) -> int:
+        """Segments of every lane in an optimizer step."""
+        return self.training.window * self.training.accumulation
+
+    @property
+    def backwards_per_step(self) -> int:
+        """Backward passes in an optimizer step: one per segment at first order, one per window at second."""
+        return self.segments_per_step if self.training.order == "first" else self.training.accumulation
+
+
+def _check(settings: Any, section: str) -> None:
+    try:
+        check_choices(settings)
+    except ConfigError as error:
+        raise ConfigError(f"{section}.{error}") from error
+
+
+def _at_least(settings: Any, section: str, **limits: float) -> None:
+    for name, least in limits.items():
+        value = getattr(settings, name)
+        _require(value >= least, f"{section}.{name} is {value}; it must be {least} or more")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
