@@ -1,1 +1,23 @@
-"""titans-ds: test-time neural memory grafted onto pretrained causal language models."""
+"""titans-ds: test-time neural memory (Titans, TTT) grafted onto pretrained causal language models.
+
+    model = titans_ds.attach(base_model, titans_ds.GraftConfig())
+
+Importing this package loads neither deepspeed nor mpi4py.
+"""
+
+from titans_ds.config import GraftConfig, MemoryConfig
+from titans_ds.errors import TitansError
+from titans_ds.graft import MemorySession, TitansModel, attach
+from titans_ds.memory import MemoryState
+
+__version__ = "0.1.0"
+__all__ = [
+    "GraftConfig",
+    "MemoryConfig",
+    "MemorySession",
+    "MemoryState",
+    "TitansError",
+    "TitansModel",
+    "__version__",
+    "attach",
+]

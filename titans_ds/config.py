@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -120,9 +121,17 @@ class GraftConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> GraftConfig:
-        """The inverse of `to_dict`. Raises ConfigError for an unknown key, naming the nearest known one."""
-        return typing.cast(GraftConfig, _build(cls, values, ""))
+    def from_dict(cls, values: dict[str, Any], drop_unknown: bool = False) -> GraftConfig:
+        """The inverse of `to_dict`.
+
+        Args:
+            values: plain values, nested.
+            drop_unknown: warn of unknown keys and leave them out, as for an adapter of a newer version.
+
+        Raises:
+            ConfigError: for an unknown key, naming the nearest known one.
+        """
+        return typing.cast(GraftConfig, _build(cls, values, "", drop_unknown))
 
 
 # What makes gradients flow: a setting, the least order at which its parameters get one, and the reason.
@@ -193,16 +202,19 @@ def _describe(hint: Any) -> str:
     return "nothing" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
-def _build(cls: Any, values: dict[str, Any], path: str) -> Any:
+def _build(cls: Any, values: dict[str, Any], path: str, drop_unknown: bool) -> Any:
     hints, known = typing.get_type_hints(cls), {f.name for f in dataclasses.fields(cls)}
     arguments = {}
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
-            raise ConfigError(f"unknown setting {path + key!r}{hint}")
+            if not drop_unknown:
+                raise ConfigError(f"unknown setting {path + key!r}{hint}")
+            warnings.warn(f"unknown setting {path + key!r} is left out{hint}", stacklevel=3)
+            continue
         nested = dataclasses.is_dataclass(hints[key]) and isinstance(value, dict)
-        arguments[key] = _build(hints[key], value, f"{path}{key}.") if nested else value
+        arguments[key] = _build(hints[key], value, f"{path}{key}.", drop_unknown) if nested else value
     return cls(**arguments)
 
 

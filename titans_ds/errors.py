@@ -1,7 +1,7 @@
 """The errors that a user of this library can cause.
 
-Every message says what was wrong, what was expected and what to do. Command-line programs catch `TitansError`, print the
-message without a traceback and leave with exit code 2.
+Every message says what was wrong, what was expected and what to do. Command-line programs catch `TitansError`, print
+the message without a traceback and leave with exit code 2.
 """
 
 from __future__ import annotations

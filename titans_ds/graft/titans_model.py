@@ -1,0 +1,319 @@
+"""TitansModel: a pretrained causal LM with a memory in some of its layers.
+
+model = titans_ds.attach(base_model, GraftConfig())
+with model.memory_session(batch_size=1) as memory:
+    model.prime(snippet_ids, memory)                      # writes
+    model.generate(prompt_ids, memory=memory)             # reads
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from titans_ds.config import GraftConfig
+from titans_ds.errors import ConfigError, StateError
+from titans_ds.graft import adapter, families, injection
+from titans_ds.graft.call import KEYWORD, Call, active, bind
+from titans_ds.graft.injection import CHILD, GraftedMemory
+from titans_ds.graft.padding import as_right_padded
+from titans_ds.graft.session import MemorySession
+from titans_ds.memory import Access, Controls, LayerState, MemoryState
+
+
+@dataclass(frozen=True)
+class MemoryOutput:
+    """What one segment gives: hidden states [B, T, H], the state after it by layer, and stats [B] by layer."""
+
+    last_hidden: Tensor
+    state: dict[int, LayerState]
+    stats: dict[int, LayerState]
+
+
+class TitansModel(nn.Module):
+    """A base model with grafted memories. Make one with `attach` or `from_pretrained`.
+
+    Args:
+        base_model: causal LM of a supported family; keeps every parameter name it has.
+        config: of the graft.
+        freeze_base: leave only the graft trainable.
+
+    Raises:
+        UnsupportedModelError, ConfigError: see families.select_mixers.
+    """
+
+    def __init__(self, base_model: nn.Module, config: GraftConfig, freeze_base: bool = True) -> None:
+        super().__init__()
+        mixers = families.select_mixers(base_model, config.layers)
+        if any(hasattr(m.module, CHILD) for m in families.find_mixers(base_model)):
+            raise ConfigError("this model has a memory already; call detach() on its TitansModel first")
+        self.base_model = base_model
+        self.config = config
+        self.layer_indices = [m.index for m in mixers]
+        self._controls = Controls()
+        self._disabled = False
+        self._trainable_before = [p for p in base_model.parameters() if p.requires_grad]
+        if freeze_base:
+            base_model.requires_grad_(False)
+        self._graft(mixers)
+
+    def _graft(self, mixers: list[families.Mixer]) -> None:
+        width = families.text_width(self.base_model)
+        for mixer in mixers:
+            memory = GraftedMemory(width, self.config, mixer.index)
+            device = next(mixer.module.parameters()).device
+            mixer.module.add_module(CHILD, memory if device.type == "meta" else memory.to(device))
+        self._handles = [self.base_model.register_forward_pre_hook(bind, with_kwargs=True)]
+        for mixer in families.find_mixers(self.base_model):
+            self._handles += injection.hook(mixer.module, mixer.index in self.layer_indices)
+
+    def detach(self) -> nn.Module:
+        """Take the memories out again; returns the base model as it was given to `attach`."""
+        for handle in self._handles:
+            handle.remove()
+        for mixer in families.select_mixers(self.base_model, self.layer_indices):
+            delattr(mixer.module, CHILD)
+        for parameter in self._trainable_before:
+            parameter.requires_grad_(True)
+        return self.base_model
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def memories(self) -> dict[int, GraftedMemory]:
+        """The grafted modules by layer index."""
+        mixers = families.select_mixers(self.base_model, self.layer_indices)
+        return {m.index: cast(GraftedMemory, getattr(m.module, CHILD)) for m in mixers}
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The base model without its language-modelling head."""
+        return cast(nn.Module, getattr(self.base_model, str(self.base_model.base_model_prefix)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return next(self.base_model.parameters()).device
+
+    def titans_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The graft's own parameters, named as in the adapter file."""
+        for index, memory in self.memories.items():
+            for name, parameter in memory.named_parameters():
+                yield f"layers.{index}.{name}", parameter
+
+    def gate_parameters(self) -> dict[int, nn.Parameter]:
+        """g by layer, [1]."""
+        return {index: memory.gate for index, memory in self.memories.items()}
+
+    def gates(self) -> dict[int, Tensor]:
+        """s = floor(sigmoid(g)) by layer, [1]. (Not under ZeRO-3, where g is elsewhere: read stats["gate"] there.)"""
+        return {index: memory.gate_value().detach() for index, memory in self.memories.items()}
+
+    def num_parameters(self) -> tuple[int, int]:
+        """Trainable and all parameters (whole ones, also where ZeRO-3 has partitioned them)."""
+        counts = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, as PEFT does."""
+        trainable, total = self.num_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, memory: MemoryState | None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's forward, every grafted layer reading from `memory` (unwritten memory where None).
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], as the base model takes it.
+            memory: fast weights of B samples; nothing is written.
+            kwargs: handed to the base model.
+        """
+        with self._call(self._reading(memory, input_ids.shape[0])):
+            return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def read_write(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        state: dict[int, LayerState] | None = None,
+        reset: Tensor | None = None,
+        write_mask: Tensor | None = None,
+        write: bool = True,
+        graph: bool = False,
+        collect_stats: bool = False,
+    ) -> MemoryOutput:
+        """One segment through the decoder: every grafted layer reads with the given state and computes the next.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], as the base model takes it; not needed for right padding.
+            state: by layer; None starts every sample from W_0. Not changed.
+            reset: [B], true where a sample starts from W_0 whatever the state says.
+            write_mask: [B, T], true where a token may be written; attention_mask where None.
+            write: compute the state after the segment.
+            graph: keep the autograd graph of the write (second order).
+            collect_stats: gate, inner losses and write norm by layer.
+        """
+        access = Access(write=write, graph=graph, stats=collect_stats, controls=self._controls)
+        mask = attention_mask if write_mask is None else write_mask
+        call = None if self._disabled else Call(given=state, reset=reset, mask=mask, access=access)
+        extra = {} if call is None else {KEYWORD: call}
+        output = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+        if call is None:
+            return MemoryOutput(output.last_hidden_state, {} if state is None else state, {})
+        return MemoryOutput(output.last_hidden_state, call.new, call.stats)
+
+    def logits(self, last_hidden: Tensor) -> Tensor:
+        """The language-modelling head: [..., H] -> [..., vocabulary]."""
+        return cast(Tensor, self.base_model.get_output_embeddings()(last_hidden))  # type: ignore[operator]
+
+    @contextlib.contextmanager
+    def disable_memory(self) -> Iterator[None]:
+        """Inside, every memory is skipped (ablation): the base model bit for bit, LoRA kept."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
+
+    @contextlib.contextmanager
+    def controls(
+        self, sign: float = 1.0, inner_steps: int | None = None, query: Literal["trained", "key"] = "trained"
+    ) -> Iterator[None]:
+        """Inside, memories follow a changed rule: see titans_ds.memory.Controls."""
+        before, self._controls = self._controls, Controls(sign, inner_steps, query)
+        try:
+            yield
+        finally:
+            self._controls = before
+
+    # --- sessions ----------------------------------------------------------------------------------------------------
+
+    def init_state(self, batch_size: int) -> MemoryState:
+        """Unwritten memory for `batch_size` samples. (Not under ZeRO-3: give `read_write` no state there.)"""
+        width = families.text_width(self.base_model)
+        dtype = next(self.base_model.parameters()).dtype
+        layers = {}
+        for index, grafted in self.memories.items():
+            like = torch.empty(1, 1, width, device=grafted.gate.device, dtype=dtype)
+            layers[index] = {n: t.detach() for n, t in grafted.memory.initial_state(batch_size, like).items()}
+        return MemoryState(layers)
+
+    @contextlib.contextmanager
+    def memory_session(self, batch_size: int) -> Iterator[MemorySession]:
+        """A memory for `batch_size` texts, unwritten at the start."""
+        yield MemorySession(self.init_state(batch_size), functools.partial(adapter.fingerprint, self))
+
+    @torch.no_grad()
+    def prime(
+        self,
+        input_ids: Tensor | Sequence[Sequence[int]],
+        memory: MemorySession,
+        attention_mask: Tensor | None = None,
+    ) -> None:
+        """Read one text per sample and write it into the session, in segments of config.segment_tokens.
+
+        Each segment goes through the model by itself (positions from 0, no cache from the one before), as in training;
+        what is handed on is the memory. A sample without tokens keeps its state.
+
+        Args:
+            input_ids: [B, T], or one list of token ids per sample.
+            memory: the session; its state is replaced.
+            attention_mask: [B, T], true at tokens; padding may stand on either side.
+
+        Raises:
+            StateError: the session has another batch size.
+        """
+        ids, mask = as_right_padded(input_ids, attention_mask, self.device)
+        self._check_batch(memory.state, ids.shape[0])
+        if self._disabled:
+            return
+        size = self.config.segment_tokens
+        for start in range(0, ids.shape[1], size):
+            piece, piece_mask = ids[:, start : start + size], mask[:, start : start + size]
+            output = self.read_write(piece, state=memory.state.layers, write_mask=piece_mask)
+            memory.state = MemoryState(output.state)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, *, memory: MemorySession | None = None, write_prompt: bool = False, **kwargs: Any
+    ) -> Any:
+        """The base model's `generate`, every step reading from the session (unwritten memory where None).
+
+        Neither prefill nor decoding writes. With `write_prompt` the prompt is primed into the session first, in
+        segments from its start, so that the result does not depend on how the prefill is split. Greedy search,
+        sampling and beam search work: all hypotheses of a sample share its memory.
+
+        Args:
+            input_ids: [B, T], left padded where lengths differ.
+            memory: the session, B samples.
+            write_prompt: prime the prompt first.
+            kwargs: of transformers' generate.
+
+        Raises:
+            StateError: the session has another batch size.
+            ConfigError: assistant_model (its own forward passes would have to read the memory too).
+        """
+        if kwargs.get("assistant_model") is not None:
+            raise ConfigError("generate: assistant_model is not supported with a memory; leave it out")
+        if write_prompt:
+            if memory is None:
+                raise ConfigError("generate: write_prompt needs a session to write into; pass memory=")
+            self.prime(input_ids, memory, kwargs.get("attention_mask"))
+        call = self._reading(None if memory is None else memory.state, input_ids.shape[0], _expansion(self, kwargs))
+        with self._call(call):
+            return self.base_model.generate(input_ids, **kwargs)  # type: ignore[operator]
+
+    def _reading(self, state: MemoryState | None, batch_size: int, times: int = 1) -> Call | None:
+        if self._disabled:
+            return None
+        if state is not None:
+            self._check_batch(state, batch_size)
+            state = state.repeat(times) if times > 1 else state
+        return Call(given=None if state is None else state.layers, access=Access(controls=self._controls))
+
+    @staticmethod
+    def _call(call: Call | None) -> contextlib.AbstractContextManager[None]:
+        return active(call)
+
+    def _check_batch(self, state: MemoryState, batch_size: int) -> None:
+        if state.batch_size != batch_size:
+            raise StateError(
+                f"the memory holds {state.batch_size} samples, but the input has {batch_size}; "
+                f"open a session with memory_session({batch_size}), or select() the samples you want"
+            )
+
+    # --- adapters ----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write adapter_config.json, adapter_model.safetensors and a model card. See titans_ds.graft.adapter."""
+        adapter.save(self, directory, state_dict)
+
+    @classmethod
+    def from_pretrained(cls, base: nn.Module | str | Path, directory: str | Path, **kwargs: Any) -> TitansModel:
+        """Graft a saved adapter onto its base model: one given, or loaded from a path or hub id with `kwargs`."""
+        return adapter.load(base, directory, **kwargs)
+
+
+def attach(base_model: nn.Module, config: GraftConfig | None = None, freeze_base: bool = True) -> TitansModel:
+    """Graft memories onto a causal LM: see TitansModel."""
+    return TitansModel(base_model, config or GraftConfig(), freeze_base)
+
+
+def _expansion(model: TitansModel, kwargs: dict[str, Any]) -> int:
+    """How many rows generate() makes of each sample."""
+    config = kwargs.get("generation_config") or model.base_model.generation_config
+    values = [kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
+    return max(int(cast(int, v or 1)) for v in values)

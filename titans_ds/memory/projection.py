@@ -1,0 +1,47 @@
+"""Bias-free linear maps between the model's width and the memory's: frozen with orthonormal rows, or learned."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Projection(nn.Module):
+    """y = W x, computed in the dtype of x. Starts semi-orthogonal, the same on every machine for a given seed.
+
+    A frozen weight is a buffer, so that it travels with the adapter and never meets an optimizer.
+
+    Args:
+        in_features, out_features: widths; `weight` is [out_features, in_features].
+        learned: a parameter, or a buffer.
+        seed: of the initial weight.
+    """
+
+    weight: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, learned: bool, seed: int) -> None:
+        super().__init__()
+        weight = semi_orthogonal(out_features, in_features, seed)
+        if learned:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """The adjoint map, [..., out_features] -> [..., in_features].
+
+        For a frozen weight only: ZeRO-3 gathers a parameter in `forward`, and nowhere else.
+        """
+        return F.linear(y, self.weight.to(y.dtype).mT)
+
+
+def semi_orthogonal(rows: int, columns: int, seed: int) -> Tensor:
+    """[rows, columns] fp32 with orthonormal rows (columns, where there are fewer), drawn on the CPU."""
+    weight = torch.empty(rows, columns)
+    nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(seed))
+    return weight
