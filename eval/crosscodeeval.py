@@ -1,0 +1,157 @@
+"""CrossCodeEval on one GPU or CPU: generate, score, compare, report.
+
+python -m eval.crosscodeeval run --base M --adapter A --data F --modes memory,ablation,concat --out DIR
+python -m eval.crosscodeeval score --predictions F --data F --out F
+python -m eval.crosscodeeval compare DIR_A DIR_B
+python -m eval.crosscodeeval report DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from titans_ds.errors import TitansError
+
+from .benchmark import data_prep_module, load_benchmark
+from .comparison import Settings, compare_arms
+from .errors import EvalError
+from .files import write_json, write_jsonl
+from .metrics import ES_BACKENDS
+from .postprocess import RULES
+from .predictions import check_complete, load_predictions
+from .run_folder import read_run
+from .scoring import score_arm, summarise
+from .tables import contrast_tables, means_table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, or 2 after printing what the user can mend."""
+    options = _parser().parse_args(arguments)
+    data_error = data_prep_module("errors").DataPrepError
+    try:
+        options.command(options)
+    except (TitansError, data_error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.crosscodeeval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_score(commands.add_parser("score", help="score any predictions file"))
+    _add_compare(commands.add_parser("compare", help="paired statistics between two run folders"))
+    return parser
+
+
+def _add_scoring_rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--es-backend", choices=ES_BACKENDS, default="difflib", help="edit similarity (default difflib)"
+    )
+    parser.add_argument("--postprocess", choices=RULES, default="parity", help="see eval/README.md (default parity)")
+    parser.add_argument("--partial", action="store_true", help="score the tasks that both files have")
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--predictions", type=Path, required=True, help="lines of {task_id, mode, prediction}")
+    parser.add_argument("--data", type=Path, required=True, help="the CrossCodeEval file they were made from")
+    parser.add_argument("--out", type=Path, required=True, help="where the scores go (JSON)")
+    parser.add_argument("--rows-out", type=Path, help="where every sample's scores go (jsonl)")
+    parser.add_argument("--language", help="where the file's names do not tell")
+    _add_scoring_rules(parser)
+    parser.set_defaults(command=_score)
+
+
+def _score(options: argparse.Namespace) -> None:
+    rows = load_benchmark(options.data, options.language)
+    predictions = load_predictions(options.predictions)
+    missing = check_complete(predictions, set(rows), options.partial)
+    summaries, lines = {}, []
+    for arm, tasks in predictions.items():
+        completions = {task: prediction.text for task, prediction in tasks.items()}
+        samples = score_arm(rows, completions, options.postprocess, options.es_backend)
+        if not samples:
+            raise EvalError(
+                f"Mode {arm!r} has no prediction for any task of {options.data}; give the data it was made from."
+            )
+        summaries[arm] = summarise(samples, options.es_backend)
+        lines += [{"mode": arm} | sample.to_json() for sample in samples]
+        _print_summary(arm, summaries[arm], missing[arm], len(set(tasks) - set(rows)))
+    write_json(options.out, next(iter(summaries.values())) if len(summaries) == 1 else summaries)
+    if options.rows_out:
+        write_jsonl(options.rows_out, lines)
+
+
+def _print_summary(arm: str, summary: dict[str, float], missing: int, unknown: int) -> None:
+    gaps = f", {missing} without a prediction, {unknown} of unknown tasks" if missing or unknown else ""
+    print(
+        f"{arm}: EM {summary['em']:.2f}  ES {summary['es']:.2f} ({summary['es_backend']})  "
+        f"ID-EM {summary['id_em']:.2f}  ID-F1 {summary['id_f1']:.2f}  (n={summary['total']}{gaps})"
+    )
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", type=Path, metavar="DIR_A")
+    parser.add_argument("second", type=Path, metavar="DIR_B", help="the same folder compares its modes")
+    parser.add_argument("--data", type=Path, help="the benchmark file, where it has moved")
+    parser.add_argument("--out", type=Path, help="where the comparison goes (JSON)")
+    _add_scoring_rules(parser)
+    _add_statistics(parser)
+    parser.set_defaults(command=_compare)
+
+
+def _add_statistics(parser: argparse.ArgumentParser) -> None:
+    defaults = Settings()
+    parser.add_argument(
+        "--alpha", type=float, default=defaults.alpha, help="level of tests and intervals (default 0.05)"
+    )
+    parser.add_argument("--resamples", type=int, default=defaults.num_resamples, help="bootstrap draws (default 10000)")
+    for name, unit in (("em", "points"), ("es", "points"), ("nll", "nats per token of the target")):
+        parser.add_argument(f"--margin-{name}", type=float, help=f"largest difference that counts as none, {unit}")
+
+
+def statistics_settings(options: argparse.Namespace) -> Settings:
+    """Return the levels and margins that the command line states."""
+    defaults = Settings()
+    margins = dict(defaults.margins)
+    stated = {"em": options.margin_em, "es": options.margin_es, "nll_target": options.margin_nll}
+    margins |= {measure: margin for measure, margin in stated.items() if margin is not None}
+    if not 0 < options.alpha < 1 or options.resamples < 100:
+        raise EvalError("--alpha must lie between 0 and 1 and --resamples be at least 100.")
+    return Settings(options.alpha, defaults.power, options.resamples, defaults.seed, margins)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    rule, backend = options.postprocess, options.es_backend
+    first = read_run(options.first, options.data, options.partial).arms(rule, backend)
+    if options.first.resolve() == options.second.resolve():
+        comparison = compare_arms(first, statistics_settings(options))
+    else:
+        second = read_run(options.second, options.data, options.partial).arms(rule, backend)
+        arms = {f"A:{name}": arm for name, arm in first.items()} | {f"B:{name}": arm for name, arm in second.items()}
+        arms = {label: arm.renamed(label) for label, arm in arms.items()}
+        comparison = compare_arms(arms, statistics_settings(options), _across(list(first), list(second)))
+    for table in [means_table(comparison, backend, rule), *contrast_tables(comparison)]:
+        print(table.to_markdown())
+    if options.out:
+        write_json(options.out, comparison)
+
+
+def _across(first: list[str], second: list[str]) -> list[tuple[str, str]]:
+    shared = [name for name in first if name in second]
+    if not shared and len(first) == len(second) == 1:
+        return [(f"A:{first[0]}", f"B:{second[0]}")]
+    if not shared:
+        raise EvalError(f"The two runs share no mode ({', '.join(first)} against {', '.join(second)}).")
+    return [(f"A:{name}", f"B:{name}") for name in shared]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
