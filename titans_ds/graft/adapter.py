@@ -38,7 +38,7 @@ def tensors(model: TitansModel) -> dict[str, Tensor]:
 
 def fingerprint(model: TitansModel) -> str:
     """16 hex digits of configuration and tensors: states written by one adapter are noise to another."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_graft_settings(model), sort_keys=True).encode())
     for name, tensor in sorted(tensors(model).items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -61,8 +61,7 @@ def save(model: TitansModel, directory: str | Path, state_dict: dict[str, Tensor
     save_file({n: t.detach().cpu().contiguous().clone() for n, t in values.items()}, weights, metadata={"format": "pt"})
     os.replace(weights, folder / WEIGHTS_FILE)
     base = _describe_base(model.base_model)
-    graft = {**model.config.to_dict(), "layers": model.layer_indices}
-    config = {"format": _FORMAT, "library": "titans-ds", "base_model": base, "graft": graft}
+    config = {"format": _FORMAT, "library": "titans-ds", "base_model": base, "graft": _graft_settings(model)}
     _write_text(folder / CARD_FILE, _card(model, base))
     _write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
@@ -96,6 +95,11 @@ def load_base(name: str | Path, **kwargs: Any) -> nn.Module:
     defaults = {"trust_remote_code": False, "use_safetensors": True}
     model: nn.Module = AutoModelForCausalLM.from_pretrained(str(name), **(defaults | kwargs))
     return model
+
+
+def _graft_settings(model: TitansModel) -> dict[str, Any]:
+    """The configuration with its layers spelt out."""
+    return {**model.config.to_dict(), "layers": model.layer_indices}
 
 
 def _describe_base(base_model: nn.Module) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class MemoryState:
     def is_finite(self) -> Tensor:
         """[B], false where a sample has a NaN or an infinity in any layer."""
         tensors = [t for layer in self.layers.values() for t in layer.values()]
-        return torch.stack([torch.isfinite(t).flatten(1).all(dim=1) for t in tensors]).all(dim=0)
+        return torch.stack([torch.isfinite(t).reshape(t.shape[0], -1).all(dim=1) for t in tensors]).all(dim=0)
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
         """Write one safetensors file (to a temporary name, then renamed), with `metadata` in its header."""
