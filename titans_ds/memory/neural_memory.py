@@ -85,6 +85,7 @@ class NeuralMemory(nn.Module):
         mask_BT: Tensor | None = None,
         reset_B: Tensor | None = None,
         access: Access = Access(),
+        queries_ND: Tensor | None = None,
     ) -> tuple[Tensor, LayerState, LayerState]:
         """Read every token with the given state; write the segment, if asked.
 
@@ -94,13 +95,18 @@ class NeuralMemory(nn.Module):
             mask_BT: true (1) where a token may be written; all of them if None.
             reset_B: true where a sample starts from W_0 whatever the state says.
             access: see Access.
+            queries_ND: read these N queries instead of the tokens', with the weights from before this segment (MAC).
 
         Returns:
-            read [B, T, H]; the state after the write (or the given one); stats, each [B]: inner_loss_before,
+            read [B, T, H] (or [B, N, H]); the state after the write (or the given one); stats, each [B]: inner_loss_before,
             inner_loss_after, write_norm.
         """
         state = self._start(hidden_BTH, state, reset_B)
-        read_BTH = self._read(hidden_BTH, self._weights(state), access.controls)
+        weights = self._weights(state)
+        if queries_ND is None:
+            read_BTH = self._read(hidden_BTH, weights, access.controls)
+        else:
+            read_BTH = self._recall(queries_ND.to(hidden_BTH.dtype).expand(hidden_BTH.shape[0], -1, -1), weights)
         if not access.write:
             return read_BTH, state, {}
         with contextlib.nullcontext() if access.graph else torch.no_grad():
@@ -139,7 +145,11 @@ class NeuralMemory(nn.Module):
             or (self.config.tie_query_at_inference and not self.training)
         )
         project = self.key_projection if reads_with_key else self.query_projection
-        y_BTD = network.forward(weights, project(hidden_BTH), self.config.activation)
+        return self._recall(project(hidden_BTH), weights)
+
+    def _recall(self, queries_BTD: Tensor, weights: Weights) -> Tensor:
+        """P_o f_W(q)."""
+        y_BTD = network.forward(weights, queries_BTD, self.config.activation)
         if hasattr(self, "output_projection"):
             return self.output_projection(y_BTD)  # type: ignore[no-any-return]
         return self.key_projection.transposed(y_BTD)
