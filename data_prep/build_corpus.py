@@ -1,0 +1,114 @@
+"""Build a corpus grouped by repository: filtered, without duplicates, in reading order, split by repository.
+
+    python -m data_prep.build_corpus --installed --out DIR
+
+Writes DIR/{train,validation,test}-*.parquet, which `datasets.load_dataset(DIR)` opens, and DIR/manifest.json. A stopped
+build goes on when the same command is run again; a finished one is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .console import STDERR, command_line, run_program
+from .corpus import build
+from .licenses import PERMISSIVE
+from .settings import ORDERS, CorpusSettings
+from .sources import InstalledPackages, Source
+from .splits import parse_ratios
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_prep.build_corpus", description=__doc__.split("\n\n")[0])
+    sources = parser.add_argument_group("source").add_mutually_exclusive_group(required=True)
+    sources.add_argument("--installed", action="store_true", help="the Python packages of this environment")
+    parser.add_argument("--exclude", default="", metavar="NAMES", help="installed packages to leave out (a,b,c)")
+    parser.add_argument("--out", type=Path, required=True, help="the corpus folder to write")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--restart", action="store_true", help="throw away unfinished work, and replace --out")
+    _add_filters(parser.add_argument_group("filters"))
+    _add_splits(parser.add_argument_group("choice, order and splits"))
+    return parser
+
+
+def _add_filters(group: Any) -> None:
+    default = CorpusSettings()
+    group.add_argument("--min-files", type=int, default=default.min_files, help="per repository (default %(default)s)")
+    group.add_argument("--min-stars", type=int, default=default.min_stars, help="where known (default %(default)s)")
+    group.add_argument("--max-file-bytes", type=int, default=default.max_file_bytes, help="default %(default)s")
+    group.add_argument(
+        "--licenses",
+        default="",
+        metavar="SPDX",
+        help="allow-list (MIT,Apache-2.0), or `permissive`; holds where the licence is known",
+    )
+    group.add_argument("--require-license", action="store_true", help="also drop repositories of unknown licence")
+    group.add_argument("--no-require-import", action="store_true", help="keep repositories without an import inside")
+    group.add_argument("--require-parse", action="store_true", help="drop files that Python cannot parse")
+    group.add_argument("--keep-generated", action="store_true", help="keep generated, minified and data files")
+
+
+def _add_splits(group: Any) -> None:
+    default = CorpusSettings()
+    group.add_argument("--order", choices=ORDERS, default=default.order, help="of files (default %(default)s)")
+    group.add_argument("--max-repos", type=int, help="how many repositories to choose (default: all)")
+    group.add_argument("--max-files-per-repo", type=int, help="keep the first files in reading order (default: all)")
+    group.add_argument("--seed", type=int, default=default.seed, help="of the choice of repositories")
+    group.add_argument("--split-ratios", default="90/5/5", help="train/validation/test (default %(default)s)")
+    group.add_argument("--split-seed", type=int, default=default.split_seed, help="of the split")
+
+
+def _settings(options: argparse.Namespace) -> CorpusSettings:
+    names = [name for name in options.licenses.split(",") if name]
+    licenses = [spdx for name in names for spdx in (PERMISSIVE if name == "permissive" else (name,))]
+    return CorpusSettings(
+        min_files=options.min_files,
+        min_stars=options.min_stars,
+        max_file_bytes=options.max_file_bytes,
+        licenses=tuple(dict.fromkeys(licenses)),
+        require_license=options.require_license,
+        require_import=not options.no_require_import,
+        require_parse=options.require_parse,
+        keep_generated=options.keep_generated,
+        order=options.order,
+        max_repos=options.max_repos,
+        max_files_per_repo=options.max_files_per_repo,
+        seed=options.seed,
+        split_ratios=parse_ratios(options.split_ratios),
+        split_seed=options.split_seed,
+    )
+
+
+def _source(options: argparse.Namespace) -> Source:
+    return InstalledPackages(exclude=tuple(name for name in options.exclude.split(",") if name))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program with these arguments (default: the command line's)."""
+    options = _parser().parse_args(arguments)
+    manifest, reused = build(
+        _source(options),
+        _settings(options),
+        options.out,
+        num_workers=options.workers,
+        command=command_line(),
+        restart=options.restart,
+    )
+    _print_summary(manifest, options.out, reused)
+
+
+def _print_summary(manifest: dict[str, Any], out: Path, reused: bool) -> None:
+    STDERR.print(f"{out}: " + ("already complete, left as it is" if reused else "written"))
+    for entry in manifest["filters"]:
+        repositories = "" if entry["repositories"] is None else f" in {entry['repositories']} repositories"
+        STDERR.print(f"  after {entry['filter']}: {entry['files']} files{repositories}")
+    for split, record in manifest["splits"].items():
+        STDERR.print(f"  {split}: {record['files']} files of {record['repositories']} repositories")
+
+
+if __name__ == "__main__":
+    run_program(main)

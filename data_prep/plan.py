@@ -1,0 +1,96 @@
+"""The plan of a corpus: its source cut into chunks, the settings, and the folder in which unfinished work is kept.
+
+The chunks depend on the source alone, never on the number of shards or workers. That is why a stopped run can go on, and
+why shards give the same corpus whatever their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DataPrepError
+from .output import read_json, write_json
+from .settings import CorpusSettings, fingerprint
+from .sources.base import Source, Unit
+
+FORMAT_VERSION = 1
+CHUNK_BYTES = 64 * 2**20
+BUCKET_BYTES = 64 * 2**20
+_MAX_BUCKET_BITS = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every process of a build needs to know. `folder` holds the unfinished work."""
+
+    source: Source
+    settings: CorpusSettings
+    chunks: tuple[tuple[Unit, ...], ...]
+    bucket_bits: int
+    folder: Path
+
+    @property
+    def num_buckets(self) -> int:
+        """A bucket holds whole repositories: those whose hash begins with the bucket's number."""
+        return 1 << self.bucket_bits
+
+    def bucket_of(self, repo_hash: int) -> int:
+        """Return the bucket of a repository's 64-bit hash."""
+        return repo_hash >> (64 - self.bucket_bits)
+
+    def identity(self) -> str:
+        """Return a hash of everything that decides the corpus."""
+        units = [[unit.key for unit in chunk] for chunk in self.chunks]
+        return fingerprint([FORMAT_VERSION, self.source.describe(), self.settings.to_json(), units])
+
+    def describe(self) -> dict[str, object]:
+        """Return the plan as written to plan.json."""
+        return {
+            "identity": self.identity(),
+            "chunks": len(self.chunks),
+            "source": self.source.describe(),
+            "settings": self.settings.to_json(),
+        }
+
+
+def make_plan(source: Source, settings: CorpusSettings, work_folder: Path) -> Plan:
+    """List the source, cut it into chunks, and write or check `work_folder`/plan.json.
+
+    Raises DataPrepError when the source is empty, or when the folder belongs to another build.
+    """
+    units = source.list_units()
+    if not units:
+        raise DataPrepError(f"The source has nothing to read: {source.describe()}. Check the path or the options.")
+    total = sum(unit.num_bytes for unit in units)
+    # One bit at least, so that a shift by 64 never occurs.
+    bits = min(_MAX_BUCKET_BITS, max(1, (total // BUCKET_BYTES).bit_length()))
+    plan = Plan(source, settings, tuple(_chunks(units)), bits, work_folder)
+    _claim(plan)
+    return plan
+
+
+def _chunks(units: Sequence[Unit]) -> list[tuple[Unit, ...]]:
+    chunks: list[tuple[Unit, ...]] = []
+    current: list[Unit] = []
+    size = 0
+    for unit in units:
+        if current and size + unit.num_bytes > CHUNK_BYTES:
+            chunks.append(tuple(current))
+            current, size = [], 0
+        current.append(unit)
+        size += unit.num_bytes
+    return [*chunks, tuple(current)]
+
+
+def _claim(plan: Plan) -> None:
+    path = plan.folder / "plan.json"
+    if path.exists():
+        if read_json(path)["identity"] != plan.identity():
+            raise DataPrepError(
+                f"{plan.folder} holds unfinished work with another source or other settings (see its plan.json). "
+                "Run that command again to finish it, or pass --restart to throw it away, or give another --out."
+            )
+        return
+    write_json(path, plan.describe())
