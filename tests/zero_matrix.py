@@ -1,0 +1,174 @@
+"""Every ZeRO stage against plain torch, in one launch: deepspeed --num_accelerators 2 tests/zero_matrix.py OUT.json
+
+Each rank computes the reference itself, in its own process, on all lanes; then the ranks together compute the same with
+DeepSpeed, each on its own lanes. What differs is written to OUT.json, which tests/test_zero_matrix.py reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import titans_ds
+from tests.packed_corpora import random_repos, write_packed
+from tests.tiny_models import tiny_base
+from titans_ds.config import GraftConfig, MemoryConfig
+from titans_ds.training.engine import Engine, TorchEngine
+from titans_ds.training.lanes import Lanes
+from titans_ds.training.module import TrainingModule
+from titans_ds.training.optimizer import make_optimizer
+from titans_ds.training.packed import open_corpus
+from titans_ds.training.ranks import sum_over
+from titans_ds.training.segments import RepositoryReader
+from titans_ds.training.settings import OptimizerSettings, TrainingSettings
+from titans_ds.training.step import Carried, commit, run_passes
+from titans_ds.zero.config import complete_config
+from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
+
+LANES, SEGMENT, STEPS = 4, 16, 20
+OPTIMIZER = OptimizerSettings(lr=1e-2, clip=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One configuration of the matrix."""
+
+    stage: int
+    order: str = "first"
+    checkpointing: bool = False
+    trainable: str = "memory"
+    accumulation: int = 1
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return "-".join(f"{k}={v}" for k, v in dataclasses.asdict(self).items())
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """Windows of 3 files."""
+        return TrainingSettings(
+            order=self.order,  # type: ignore[arg-type]
+            window=3,
+            accumulation=self.accumulation,
+            checkpointing=self.checkpointing,
+            loss_chunk_tokens=24,
+        )
+
+
+def cases() -> list[Case]:
+    """The matrix, and beside it accumulation, everything trainable, and bfloat16 at every stage."""
+    product = itertools.product(range(4), ("first", "second"), (False, True))
+    matrix = [Case(stage, order, checkpointing) for stage, order, checkpointing in product]
+    for stage in range(4):
+        matrix.append(Case(stage, "second", accumulation=2))
+        matrix.append(Case(stage, "first", True, trainable="all"))
+        matrix.append(Case(stage, "second", dtype="bfloat16"))
+    return matrix
+
+
+def make_module(case: Case) -> TrainingModule:
+    """The same grafted model every time."""
+    second = case.order == "second"
+    memory = MemoryConfig(
+        dim=8,
+        write="token",
+        token_shift=True,
+        step_size=0.5,
+        learn_step_size=second,
+        key_projection="learned" if second else "orthogonal",
+        value_projection="learned" if second else "orthogonal",
+        output_projection="learned",
+        learn_initial_weights=True,
+    )
+    base = tiny_base("qwen3_5")
+    torch.manual_seed(1)
+    model = titans_ds.attach(base, GraftConfig(segment_tokens=SEGMENT, memory=memory), case.trainable == "memory")
+    if case.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return TrainingModule(model.to(getattr(torch, case.dtype)), case.settings.loss_chunk_tokens).train()
+
+
+def make_lanes(corpus: Path, rank: int, world_size: int) -> Lanes:
+    """Lanes of files that fit a segment, so that a window of 3 segments is one of 3 files."""
+    reader = RepositoryReader(open_corpus(corpus).split("train"), SEGMENT)
+    return Lanes(reader, LANES, rank, world_size, seed=5)
+
+
+def run(engine: Engine, lanes: Lanes, case: Case, world_size: int) -> dict[str, Any]:
+    """First step's loss and gradients, and the loss of every step."""
+    names = [n for n, p in engine.module.named_parameters() if p.requires_grad]
+    carried, losses, gradients = Carried(), [], {}
+    for step in range(STEPS if case.dtype == "float32" else 3):
+        passes = run_passes(engine, lanes, carried, case.settings, world_size)
+        loss = passes.loss_sum if world_size == 1 else sum_over(passes.loss_sum)
+        losses.append(float(loss) / passes.targets)
+        if step == 0:
+            gradients = {n: None if g is None else g.detach().float().clone() for n, g in engine.gradients(names).items()}
+        engine.step(OPTIMIZER.lr, skip=False)
+        commit(passes, carried)
+    return {"losses": losses, "gradients": gradients, "state_bytes": engine.optimizer_state_bytes()}
+
+
+def compare(case: Case, reference: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """What the test judges."""
+    bad = [n for n, g in reference["gradients"].items() if g is None or not g.any()]
+    missing = [n for n, g in ours["gradients"].items() if g is None or not g.any()]
+    errors = {
+        name: float((ours["gradients"][name] - g).norm() / g.norm())
+        for name, g in reference["gradients"].items()
+        if name not in bad and name not in missing
+    }
+    return {
+        "case": dataclasses.asdict(case),
+        "name": case.name,
+        "zero_in_reference": bad,
+        "missing": missing,
+        "worst_gradient": max(errors.items(), key=lambda item: item[1]) if errors else None,
+        "num_gradients": len(errors),
+        "first_loss": abs(ours["losses"][0] - reference["losses"][0]),
+        "loss_path": max(abs(a - b) for a, b in zip(ours["losses"], reference["losses"], strict=True)),
+        "fell": reference["losses"][0] - reference["losses"][-1],
+        "state_share": ours["state_bytes"] / reference["state_bytes"],
+    }
+
+
+def main() -> None:
+    """Run the matrix; rank 0 writes the results."""
+    torch.set_num_threads(1)
+    start_ranks()
+    device, rank, world_size = local_device(), torch.distributed.get_rank(), torch.distributed.get_world_size()
+    corpus = write_packed(Path(tempfile.mkdtemp()), {"train": random_repos(12, seed=3, files=4, most=SEGMENT + 1)})
+    references: dict[Case, dict[str, Any]] = {}
+    results = []
+    for case in cases():
+        key = dataclasses.replace(case, stage=0, checkpointing=False)
+        if key not in references:
+            module = make_module(key)
+            plain = TorchEngine(module, make_optimizer(module, OPTIMIZER), OPTIMIZER.clip, device)
+            references[key] = run(plain, make_lanes(corpus, 0, 1), key, 1)
+        module = make_module(case)
+        config = complete_config(
+            {"zero_optimization": {"stage": case.stage}},
+            rows=LANES // world_size,
+            backwards_per_step=case.accumulation * (3 if case.order == "first" else 1),
+            world_size=world_size,
+            clip=OPTIMIZER.clip,
+            bf16=case.dtype == "bfloat16",
+        )
+        engine = DeepSpeedEngine(module, make_optimizer(module, OPTIMIZER), config, device)
+        results.append(compare(case, references[key], run(engine, make_lanes(corpus, rank, world_size), case, world_size)))
+    if rank == 0:
+        Path(sys.argv[-1]).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Engine: what the training loop asks of plain torch and of DeepSpeed alike, and the plain one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from titans_ds.training.module import Mode, Outputs, States, TrainingModule, call
+from titans_ds.training.optimizer import SkippableAdamW
+from titans_ds.training.segments import Batch
+
+
+class Engine(Protocol):
+    """Runs a TrainingModule. All methods are collectives: every rank calls them in the same order."""
+
+    module: TrainingModule
+    device: torch.device
+
+    def forward(self, batch: Batch, state: States | None, mode: Mode) -> Outputs:
+        """One segment per row of this rank's lanes."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a loss, scaled so that the mean over ranks is the gradient; `last` of an optimizer step."""
+
+    def gradients(self, names: list[str]) -> dict[str, Tensor | None]:
+        """Whole gradients, averaged over ranks, after the last backward and before the step."""
+
+    def step(self, lr: float, skip: bool) -> StepReport:
+        """Clip, update (unless `skip`, or a gradient is not finite) and clear the gradients."""
+
+    def parameters(self, names: list[str]) -> dict[str, Tensor]:
+        """Whole parameters on the CPU, on rank 0; empty on the others."""
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of optimizer state on this rank."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """How an optimizer step went: the gradient's global norm before clipping, and whether parameters changed."""
+
+    grad_norm: float
+    applied: bool
+
+
+class TorchEngine:
+    """Plain torch in one process: the reference of the arithmetic, and what single-device programs use.
+
+    Parameters that are not fp32 get fp32 copies for the optimizer, as under DeepSpeed.
+
+    Args:
+        module: to train.
+        optimizer: over the module's trainable parameters.
+        clip: greatest gradient norm; 0 for none.
+        device: where the module is.
+    """
+
+    def __init__(self, module: TrainingModule, optimizer: SkippableAdamW, clip: float, device: torch.device) -> None:
+        self.module, self.optimizer, self.clip, self.device = module, optimizer, clip, device
+        self._masters: list[tuple[nn.Parameter, nn.Parameter]] = []
+        for group in optimizer.param_groups:
+            group["params"] = [self._master(p) for p in group["params"]]
+
+    def _master(self, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.dtype not in (torch.bfloat16, torch.float16):
+            return parameter
+        master = nn.Parameter(parameter.detach().float())
+        self._masters.append((parameter, master))
+        return master
+
+    def forward(self, batch: Batch, state: States | None, mode: Mode) -> Outputs:
+        """One segment per row."""
+        return call(self.module, batch, state, mode, self.device)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a loss."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def gradients(self, names: list[str]) -> dict[str, Tensor | None]:
+        """Gradients by parameter name."""
+        return {name: self.module.get_parameter(name).grad for name in names}
+
+    def step(self, lr: float, skip: bool) -> StepReport:
+        """Clip, update and clear the gradients."""
+        for parameter, master in self._masters:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")))
+        set_lr(self.optimizer, lr)
+        self.optimizer.skip, self.optimizer.applied = skip, False
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.module.zero_grad()
+        for parameter, master in self._masters:
+            parameter.data.copy_(master.data)
+        return StepReport(norm, self.optimizer.applied)
+
+    def parameters(self, names: list[str]) -> dict[str, Tensor]:
+        """Parameters on the CPU, in the precision of the optimizer."""
+        masters = {id(p): m for p, m in self._masters}
+        found = {name: self.module.get_parameter(name) for name in names}
+        return {name: masters.get(id(p), p).detach().cpu().clone() for name, p in found.items()}
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of optimizer state."""
+        return state_bytes(self.optimizer)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The same learning rate for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state tensors."""
+    states = optimizer.state.values()
+    return sum(v.numel() * v.element_size() for state in states for v in state.values() if isinstance(v, Tensor))

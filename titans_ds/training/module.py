@@ -1,0 +1,138 @@
+"""TrainingModule: one segment in, its losses and the next state out. What an engine wraps.
+
+Everything that crosses this boundary is a tensor, or a dict of tensors, as ZeRO-3 needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from titans_ds.graft.titans_model import MemoryOutput, TitansModel
+from titans_ds.memory import LayerState
+from titans_ds.training.loss import token_losses
+from titans_ds.training.segments import Batch
+
+States = dict[int, LayerState]
+
+
+class LanguageModel(Protocol):
+    """What training needs of a model; TitansModel has it, and PlainModel for a base without memory."""
+
+    base_model: nn.Module
+
+    def read_write(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> MemoryOutput:
+        """Hidden states [B, T, H] of one segment, and the state after it."""
+
+    def logits(self, last_hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., vocabulary]."""
+
+
+class PlainModel(nn.Module):
+    """A causal LM without memory, behind the same two methods as TitansModel."""
+
+    def __init__(self, base_model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = base_model
+
+    def read_write(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> MemoryOutput:
+        """Hidden states of one segment [B, T] -> [B, T, H]; no state."""
+        decoder = getattr(self.base_model, str(self.base_model.base_model_prefix))
+        output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return MemoryOutput(output.last_hidden_state, {}, {})
+
+    def logits(self, last_hidden: Tensor) -> Tensor:
+        """The language-modelling head: [..., H] -> [..., vocabulary]."""
+        return cast(Tensor, self.base_model.get_output_embeddings()(last_hidden))  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What one forward pass of the training module does.
+
+    Args:
+        memory: off ablates: every memory is skipped.
+        write: compute the state after the segment.
+        graph: keep the graph of the write (second order).
+        stats: collect gates, inner losses and write norms.
+    """
+
+    memory: bool = True
+    write: bool = True
+    graph: bool = False
+    stats: bool = False
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """One forward pass: loss summed over its tokens (scalar), and by row [B]; the next state; stats [B] by layer."""
+
+    loss_sum: Tensor
+    row_losses: Tensor
+    state: States
+    stats: States
+
+
+class TrainingModule(nn.Module):
+    """A language model with its loss.
+
+    Args:
+        model: TitansModel or PlainModel.
+        loss_chunk_tokens: tokens whose logits exist at a time.
+    """
+
+    def __init__(self, model: TitansModel | PlainModel, loss_chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_chunk_tokens = loss_chunk_tokens
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        reset: Tensor,
+        state: States | None,
+        mode: tuple[bool, bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, States, States]:
+        """One segment per row.
+
+        Args:
+            input_ids: [B, T], right-padded.
+            labels: [B, T], already shifted, IGNORED where there is no target.
+            mask: bool [B, T], true where a token may be written.
+            reset: bool [B], true where a row starts from W_0.
+            state: by layer; None starts every row from W_0.
+            mode: memory, write, graph, stats; see Mode.
+
+        Returns:
+            loss sum (scalar), loss by row [B], state after the segment, stats.
+        """
+        memory, write, graph, stats = mode
+        model = cast(LanguageModel, self.model)
+        ablation = contextlib.nullcontext() if memory else cast(TitansModel, self.model).disable_memory()
+        with ablation:
+            # Right padding under causal mixing: no real token sees a padding, so no attention mask is needed.
+            output = model.read_write(
+                input_ids, state=state, reset=reset, write_mask=mask, write=write, graph=graph, collect_stats=stats
+            )
+        row_losses = token_losses(model.logits, output.last_hidden, labels, self.loss_chunk_tokens).sum(dim=1)
+        return row_losses.sum(), row_losses, output.state, output.stats
+
+
+def call(module: nn.Module, batch: Batch, state: States | None, mode: Mode, device: torch.device) -> Outputs:
+    """Run a TrainingModule (or an engine around it) on a batch of lanes."""
+    arrays = (batch.input_ids, batch.labels, batch.mask, batch.reset)
+    tensors = [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
+    given = None if not state else {index: dict(layer) for index, layer in state.items()}  # ZeRO-3 rewrites dicts
+    flags = (mode.memory, mode.write and mode.memory, mode.graph, mode.stats and mode.memory)
+    return Outputs(*module(*tensors, given, flags))
+
+
+def detach(state: States) -> States:
+    """The state cut off from the graph that wrote it."""
+    return {index: {name: t.detach() for name, t in layer.items()} for index, layer in state.items()}

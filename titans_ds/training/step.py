@@ -1,0 +1,118 @@
+"""One optimizer step: segments through the model, states handed on, gradients of the right scale.
+
+The loss of a step is the sum of its token losses over the number of its target tokens, on all ranks and in all
+accumulation steps together. Targets are counted before the forward passes. Engines average gradients over ranks, hence
+the factor of world_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from titans_ds.memory import MemoryState
+from titans_ds.training.engine import Engine
+from titans_ds.training.lanes import Lanes, Step
+from titans_ds.training.module import Mode, Outputs, States, detach
+from titans_ds.training.settings import TrainingSettings
+
+
+@dataclass
+class Carried:
+    """What goes from one optimizer step to the next, beside parameters: this rank's lane states.
+
+    Args:
+        state: fast weights of this rank's lanes; None before the first step.
+        restart: bool [lanes of this rank], true where a lane's next segment starts from W_0 whatever the data says
+            (its state was not finite).
+    """
+
+    state: States | None = None
+    restart: Tensor | None = None
+
+
+@dataclass
+class Passes:
+    """What the forward and backward passes of a step gave on this rank.
+
+    Args:
+        loss_sum: of its token losses.
+        targets: target tokens over all ranks.
+        state: after the last segment, detached.
+        stats: by segment, by layer.
+        written: by segment: rows that held a token, bool [B].
+    """
+
+    loss_sum: Tensor
+    targets: int
+    state: States | None
+    stats: list[States] = field(default_factory=list)
+    written: list[Tensor] = field(default_factory=list)
+
+
+def run_passes(
+    engine: Engine, lanes: Lanes, carried: Carried, settings: TrainingSettings, world_size: int, stats: bool = False
+) -> Passes:
+    """Forward and backward of one optimizer step; gradients are left in the engine."""
+    windows = [[lanes.next() for _ in range(settings.window)] for _ in range(settings.accumulation)]
+    _restart_rows(windows[0][0], carried)
+    targets = sum(step.total_targets for window in windows for step in window)
+    passes = Passes(torch.zeros((), device=engine.device), targets, carried.state)
+    for number, window in enumerate(windows):
+        last = number == len(windows) - 1
+        if settings.order == "second":
+            _second_order(engine, window, passes, world_size / targets, last, stats)
+        else:
+            _first_order(engine, window, passes, world_size / targets, last, stats)
+    return passes
+
+
+def commit(passes: Passes, carried: Carried) -> bool:
+    """Hand the states on; a lane whose state is not finite starts anew. Returns whether all of this rank's are finite."""
+    carried.state, carried.restart = passes.state, None
+    if not passes.state:
+        return True
+    finite_B = MemoryState(passes.state).is_finite()
+    if bool(finite_B.all()):
+        return True
+    zeros = MemoryState(passes.state).map(torch.zeros_like)  # a NaN would pass through products with masks
+    carried.state = MemoryState(passes.state).where(finite_B, zeros).layers
+    carried.restart = ~finite_B
+    return False
+
+
+def _restart_rows(step: Step, carried: Carried) -> None:
+    if carried.restart is not None:
+        step.batch.reset[:] |= carried.restart.cpu().numpy()
+
+
+def _first_order(
+    engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, stats: bool
+) -> None:
+    for number, step in enumerate(window):
+        outputs = engine.forward(step.batch, passes.state, Mode(stats=stats))
+        engine.backward(outputs.loss_sum * scale, last=last and number == len(window) - 1)
+        _note(passes, step, outputs)
+        passes.state = detach(outputs.state)
+
+
+def _second_order(
+    engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, stats: bool
+) -> None:
+    loss = torch.zeros((), device=engine.device)
+    for step in window:
+        outputs = engine.forward(step.batch, passes.state, Mode(graph=True, stats=stats))
+        loss = loss + outputs.loss_sum
+        _note(passes, step, outputs)
+        passes.state = outputs.state
+    engine.backward(loss * scale, last=last)
+    passes.state = detach(passes.state or {})
+
+
+def _note(passes: Passes, step: Step, outputs: Outputs) -> None:
+    passes.loss_sum = passes.loss_sum + outputs.loss_sum.detach()
+    if outputs.stats:
+        passes.stats.append(outputs.stats)
+        passes.written.append(torch.from_numpy(step.batch.mask.any(axis=1)))

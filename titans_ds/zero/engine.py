@@ -1,0 +1,146 @@
+"""The DeepSpeed engine behind the training loop's Engine protocol. deepspeed is imported when it is first used."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from titans_ds.training.engine import StepReport, set_lr, state_bytes
+from titans_ds.training.module import Mode, Outputs, States, TrainingModule, call
+from titans_ds.training.optimizer import SkippableAdamW
+from titans_ds.training.segments import Batch
+from titans_ds.zero.config import zero_stage
+
+_TIMEOUT = timedelta(hours=2)  # rank 0 may pack a corpus while the others wait
+
+
+def start_ranks() -> None:
+    """Start torch.distributed through DeepSpeed: under any launcher, or for this process alone."""
+    deepspeed = import_deepspeed()
+    if "RANK" not in os.environ and not _under_mpi():
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone)
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False)
+
+
+def local_device() -> torch.device:
+    """This rank's accelerator, or the CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    accelerator.set_device(index)
+    return torch.device(accelerator.device_name(index))
+
+
+def import_deepspeed() -> Any:
+    """The deepspeed module, quiet, and without the op that its CPU backend would compile for minutes at first use."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # A killed build leaves a lock that every later run waits for; gloo does without the op.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class DeepSpeedEngine:
+    """Runs a TrainingModule under ZeRO 0 to 3.
+
+    Args:
+        module: to train; at stage 3 its parameters are partitioned from here on.
+        optimizer: over the module's trainable parameters.
+        config: completed DeepSpeed configuration, see titans_ds.zero.config.
+        device: of this rank.
+    """
+
+    def __init__(
+        self, module: TrainingModule, optimizer: SkippableAdamW, config: dict[str, Any], device: torch.device
+    ) -> None:
+        self.module, self.optimizer, self.device = module, optimizer, device
+        self.stage = zero_stage(config)
+        optimizer.agree = _any_rank
+        self._engine = import_deepspeed().initialize(model=module, optimizer=cast(Any, optimizer), config=config)[0]
+
+    def forward(self, batch: Batch, state: States | None, mode: Mode) -> Outputs:
+        """One segment per row of this rank's lanes."""
+        return call(self._engine, batch, state, mode, self.device)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a loss; DeepSpeed averages over ranks, and must not divide by the number of passes."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self._engine.step()  # counts the pass; parameters change at the last one only
+
+    def gradients(self, names: list[str]) -> dict[str, Tensor | None]:
+        """Whole gradients, fp32."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: safe_get_full_grad(self.module.get_parameter(name)) for name in names}
+
+    def step(self, lr: float, skip: bool) -> StepReport:
+        """Clip, update and clear the gradients."""
+        set_lr(self.optimizer, lr)
+        self.optimizer.skip, self.optimizer.applied = skip, False
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return StepReport(float("nan") if norm is None else float(norm), self.optimizer.applied)
+
+    def parameters(self, names: list[str]) -> dict[str, Tensor]:
+        """Whole parameters on the CPU, on rank 0, in the precision of the optimizer."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole = {}
+        for name in names:
+            parameter = self.module.get_parameter(name)
+            value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if value is None:
+                with gathered([parameter]):
+                    value = parameter.detach().clone()
+            if self._engine.global_rank == 0:
+                whole[name] = value.detach().cpu().clone()
+        return whole
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of optimizer state on this rank."""
+        return state_bytes(self.optimizer)
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, the parameters are whole, for reading; nothing to do where ZeRO-3 has not partitioned them."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    with import_deepspeed().zero.GatheredParameters(partitioned):
+        yield
+
+
+def _any_rank(flag: Tensor) -> Tensor:
+    flag = flag.float()
+    torch.distributed.all_reduce(flag)
+    return flag > 0
+
+
+def _under_mpi() -> bool:
+    return any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
