@@ -15,11 +15,21 @@ from titans_ds.errors import ConfigError, DataError, StateError, UnsupportedMode
 from titans_ds.graft import families
 from titans_ds.memory import MemoryState
 
+INJECTIONS = ("additive", "mac", "mag", "mal")
 
-def graft(family: str = "qwen3_5", layers: object = "attention", freeze: bool = True, **memory: object) -> TitansModel:
+
+def graft(
+    family: str = "qwen3_5", injection: str = "additive", layers: object = "attention", **memory: object
+) -> TitansModel:
     settings = {"dim": 16, "step_size": 0.05, "write": "token", **memory}
-    config = GraftConfig(layers=layers, segment_tokens=8, gate_floor=0.15, memory=MemoryConfig(**settings))  # type: ignore[arg-type]
-    return titans_ds.attach(tiny_base(family), config, freeze)
+    config = GraftConfig(
+        layers=layers,  # type: ignore[arg-type]
+        injection=injection,  # type: ignore[arg-type]
+        segment_tokens=8,
+        gate_floor=0.15,
+        memory=MemoryConfig(**settings),  # type: ignore[arg-type]
+    )
+    return titans_ds.attach(tiny_base(family), config)
 
 
 def primed(model: TitansModel, batch: int = 2, seed: int = 5, tokens: int = 20) -> MemoryState:
@@ -32,14 +42,15 @@ def nonfinite(state: MemoryState) -> MemoryState:
     return state.map(lambda t: torch.full_like(t, float("inf")))
 
 
+@pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-class TestEveryFamily:
-    def test_disabled_memory_is_the_base_model_bit_for_bit(self, family) -> None:
+class TestEveryFamilyAndInjection:
+    def test_disabled_memory_is_the_base_model_bit_for_bit(self, family, injection) -> None:
         ids = token_ids(2, 12)
         with torch.no_grad():
             expected = tiny_base(family)(ids).logits
         texts = tiny_base(family).generate(ids, max_new_tokens=8, do_sample=False)
-        model = graft(family)
+        model = graft(family, injection)
         broken = nonfinite(primed(model))
         with model.disable_memory(), torch.no_grad(), model.memory_session(2) as memory:
             memory.state = broken
@@ -52,8 +63,8 @@ class TestEveryFamily:
         base_names = set(dict(tiny_base(family).named_parameters()))
         assert base_names == {n for n, _ in model.base_model.named_parameters() if ".titans." not in n}
 
-    def test_priming_changes_the_output_and_lowers_the_inner_loss(self, family) -> None:
-        model = graft(family)
+    def test_priming_changes_the_output_and_lowers_the_inner_loss(self, family, injection) -> None:
+        model = graft(family, injection)
         ids, text = token_ids(2, 12), token_ids(2, 8, seed=5)
         with torch.no_grad():
             before, after = model(ids).logits, model(ids, memory=primed(model, tokens=8)).logits
@@ -67,8 +78,8 @@ class TestEveryFamily:
             assert (first.stats[index]["inner_loss_after"] < first.stats[index]["inner_loss_before"]).all()
             assert (again.stats[index]["inner_loss_before"] < first.stats[index]["inner_loss_before"]).all()
 
-    def test_a_sample_is_the_same_alone_and_in_a_batch(self, family) -> None:
-        model = graft(family, token_shift=True)
+    def test_a_sample_is_the_same_alone_and_in_a_batch(self, family, injection) -> None:
+        model = graft(family, injection, token_shift=True)
         lengths, ids = (19, 7, 12), token_ids(3, 19)
         rows = [ids[i, :n].tolist() for i, n in enumerate(lengths)]
         prompts = token_ids(3, 6, seed=2)
@@ -87,8 +98,8 @@ class TestEveryFamily:
                     alone = model(prompts[i : i + 1], memory=own.state).logits[0]
                     torch.testing.assert_close(alone, together[i], atol=1e-5, rtol=1e-5)
 
-    def test_left_padded_and_cached_generation_equal_the_full_forward(self, family) -> None:
-        model, state = graft(family), primed(graft(family), batch=2)
+    def test_left_padded_and_cached_generation_equal_the_full_forward(self, family, injection) -> None:
+        model, state = graft(family, injection), primed(graft(family, injection), batch=2)
         prompt = token_ids(2, 9)
         padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt[1:, :6]], dim=1)
         batch = torch.cat([prompt[:1], padded])
@@ -103,8 +114,8 @@ class TestEveryFamily:
                     assert int(logits.argmax()) == int(out[row, 9 + step])
                     text = torch.cat([text, logits.argmax(-1, keepdim=True)], dim=1)
 
-    def test_causal(self, family) -> None:
-        model = graft(family, token_shift=True)
+    def test_causal(self, family, injection) -> None:
+        model = graft(family, injection, token_shift=True)
         ids, state = token_ids(1, 12), primed(model, batch=1)
         changed = ids.clone()
         changed[0, 7] = (changed[0, 7] + 1) % 100 + 3
@@ -114,11 +125,11 @@ class TestEveryFamily:
         assert (a[:, 7:] - b[:, 7:]).abs().max() > 1e-3
 
     @pytest.mark.parametrize("second_order", [False, True])
-    def test_recomputation_gives_the_same_gradients_over_a_window(self, family, second_order) -> None:
+    def test_recomputation_gives_the_same_gradients_over_a_window(self, family, injection, second_order) -> None:
         settings = {"key_projection": "learned", "value_projection": "learned", "learn_step_size": True}
         gradients = []
         for checkpointing in (False, True):
-            model = graft(family, learn_initial_weights=True, **(settings if second_order else {}))
+            model = graft(family, injection, learn_initial_weights=True, **(settings if second_order else {}))
             model.train()
             if checkpointing:
                 model.base_model.gradient_checkpointing_enable({"use_reentrant": False})

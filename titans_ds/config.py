@@ -86,12 +86,38 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters on the base model, trained beside the memory (through PEFT).
+
+    Args:
+        rank: r of every adapter.
+        alpha: scale; the update is alpha / rank times B A.
+        dropout: on the input of each adapter.
+        targets: names of the linear modules to adapt; one that matches nothing is an error.
+    """
+
+    rank: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        _require(self.rank >= 1, f"lora.rank is {self.rank}; it must be 1 or more")
+        _require(0.0 <= self.dropout < 1.0, f"lora.dropout is {self.dropout}; it must be in [0, 1)")
+        _require(len(self.targets) > 0, "lora.targets is empty; name the linear modules to adapt, as q_proj")
+
+
+@dataclass(frozen=True)
 class GraftConfig:
     """Where memories sit in the base model and how their reads enter it.
 
     Args:
         layers: `attention` (every full-attention layer), or a list of layer indices (DeltaNet layers too).
-        injection: `additive`: Attn(h) + s P_o f_W(q).
+        injection: with M = P_o f_W(q): `additive` Attn(h) + s M; `mag` Attn(h) + s (SiLU(RMSNorm(M)) * Attn(h)); `mal`
+            Attn(h + s M); `mac` memory_tokens reads f_W(q_1) … f_W(q_N) as extra keys and values of the attention, with
+            log s added to their attention logits.
+        memory_tokens: N, for `mac`: read with N learned queries.
         gate_init: g at the start; the gate is s = floor(sigmoid(g)), 0.5 at g = 0.
         gate_floor: f in [0, 1), the least value of s.
         gate_floor_mode: `clamp` max(f, sigmoid(g)), without gradient below the floor (the paper); `affine`
@@ -101,7 +127,8 @@ class GraftConfig:
     """
 
     layers: list[int] | Literal["attention"] = "attention"
-    injection: Literal["additive"] = "additive"
+    injection: Literal["additive", "mac", "mag", "mal"] = "additive"
+    memory_tokens: int = 8
     gate_init: float = 0.0
     gate_floor: float = 0.0
     gate_floor_mode: Literal["clamp", "affine"] = "affine"
@@ -111,6 +138,7 @@ class GraftConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         _require(0.0 <= self.gate_floor < 1.0, f"gate_floor is {self.gate_floor}; it must be in [0, 1)")
+        _require(self.memory_tokens >= 1, f"memory_tokens is {self.memory_tokens}; it must be 1 or more")
         _require(self.segment_tokens >= 1, f"segment_tokens is {self.segment_tokens}; it must be 1 or more")
         if isinstance(self.layers, list):
             _require(len(self.layers) > 0, "layers is an empty list; name at least one layer, or use 'attention'")

@@ -1,14 +1,20 @@
 """How a memory enters a layer: the gate, and the hooks around the layer's token mixer.
 
-Additive injection: Attn(h) + s P_o f_W(q), s = floor(sigmoid(g)). The mixer's own code and parameter names stay as they
-are; the graft is one child module, `titans`, and two hooks.
+With M = P_o f_W(q) and the gate s = floor(sigmoid(g)), g of shape [1]:
+    additive  Attn(h) + s M
+    mag       Attn(h) + s (SiLU(RMSNorm(M)) * Attn(h))
+    mal       Attn(h + s M)
+    mac       Attn over N extra keys and values, made of f_W(q_1) … f_W(q_N): see titans_ds.graft.mac
+The mixer's own code and parameter names stay as they are; the graft is one child module, `titans`, and two hooks.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -32,9 +38,17 @@ class GraftedMemory(nn.Module):
     def __init__(self, hidden_size: int, config: GraftConfig, layer_index: int) -> None:
         super().__init__()
         self.layer_index = layer_index
+        self.injection = config.injection
         self.floor, self.floor_mode = config.gate_floor, config.gate_floor_mode
-        self.memory = NeuralMemory(hidden_size, config.memory, layer_index)
+        # MAC reads with its own queries: a query projection would never be used, nor get a gradient.
+        memory = replace(config.memory, query_projection="tied") if config.injection == "mac" else config.memory
+        self.memory = NeuralMemory(hidden_size, memory, layer_index)
         self.gate = nn.Parameter(torch.full((1,), float(config.gate_init)))  # g; [1]: ZeRO breaks on 0-dim parameters
+        if config.injection == "mag":
+            self.read_norm = nn.Parameter(torch.ones(hidden_size))
+        if config.injection == "mac":
+            generator = torch.Generator().manual_seed(config.memory.seed * 8191 + layer_index)
+            self.queries = nn.Parameter(torch.randn(config.memory_tokens, config.memory.dim, generator=generator))
 
     def gate_value(self) -> Tensor:
         """s in [floor, 1], shape [1], at least fp32."""
@@ -44,54 +58,90 @@ class GraftedMemory(nn.Module):
     def forward(
         self,
         hidden_BTH: Tensor,
-        mixed_BTH: Tensor,
         state: LayerState | None,
         mask_BT: Tensor | None,
         reset_B: Tensor | None,
         access: Access,
-    ) -> tuple[Tensor, LayerState, LayerState]:
-        """The mixer's output with the read added to it, the state after this segment, and the write's stats."""
-        read_BTH, new_state, stats = self.memory(hidden_BTH, state, mask_BT, reset_B, access)
+    ) -> tuple[Tensor, Tensor, LayerState, LayerState]:
+        """What the memory says to this segment.
+
+        Returns:
+            signal [B, T, H]: M, or SiLU(RMSNorm(M)) for `mag`, or [B, N, H] for `mac`; s [1]; the state after this
+            segment; stats, each [B].
+        """
+        queries_ND = self.queries if self.injection == "mac" else None
+        signal, new_state, stats = self.memory(hidden_BTH, state, mask_BT, reset_B, access, queries_ND)
+        if self.injection == "mag":
+            weight = self.read_norm.to(signal.dtype)
+            signal = F.silu(F.rms_norm(signal, (signal.shape[-1],), weight, eps=1e-6))
         s = self.gate_value()
         if access.stats:
             stats = {**stats, "gate": s.detach().expand(hidden_BTH.shape[0])}
-        return mixed_BTH + (s * read_BTH).to(mixed_BTH.dtype), new_state, stats
+        return signal, s, new_state, stats
 
 
-def take_call(
-    mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of every token mixer: keep the call from the mixer's kernels, which would not know the keyword.
+@dataclass(frozen=True)
+class Flight:
+    """What the mixer's forward hook (and MAC's attention) need of the pre-hook of the same call."""
 
-    It waits on the module for the forward hook of the same call; a recomputation passes here again.
+    signal: Tensor
+    s: Tensor
+
+
+def before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of every token mixer: keep the call from the mixer's kernels, and let the memory read and write.
+
+    What the mixer's forward needs waits on the module until its forward hook; a recomputation passes here again.
     """
     kwargs = dict(kwargs)
-    call = kwargs.pop(KEYWORD, None)
-    object.__setattr__(mixer, _IN_FLIGHT, call)
+    call: Call | None = kwargs.pop(KEYWORD, None)
+    object.__setattr__(mixer, _IN_FLIGHT, None)
+    if call is None or not hasattr(mixer, CHILD):
+        return args, kwargs
+    grafted: GraftedMemory = getattr(mixer, CHILD)
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    flight = _consult(grafted, hidden, call)
+    object.__setattr__(mixer, _IN_FLIGHT, flight)
+    if grafted.injection == "mal":
+        moved = hidden + (flight.s * flight.signal).to(hidden.dtype)
+        if "hidden_states" in kwargs:
+            kwargs["hidden_states"] = moved
+        else:
+            args = (moved, *args[1:])
     return args, kwargs
 
 
-def inject(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a grafted token mixer: add the read, and note the state that the segment would write."""
-    call: Call | None = getattr(mixer, _IN_FLIGHT)
-    object.__setattr__(mixer, _IN_FLIGHT, None)
-    if call is None:
-        return output
-    grafted: GraftedMemory = getattr(mixer, CHILD)
+def _consult(grafted: GraftedMemory, hidden: Tensor, call: Call) -> Flight:
     index = grafted.layer_index
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    mixed = output[0] if isinstance(output, tuple) else output
     given = None if call.given is None else dict(call.given[index])  # ZeRO-3 changes the dicts it meets, in place
-    mixed, new_state, stats = grafted(hidden, mixed, given, call.mask, call.reset, call.access)
+    signal, s, new_state, stats = grafted(hidden, given, call.mask, call.reset, call.access)
     if call.access.write:
         call.new[index] = new_state
     call.stats[index] = stats
+    return Flight(signal, s)
+
+
+def in_flight(mixer: nn.Module) -> Flight | None:
+    """The memory's word to the forward call that this mixer is in; None where memory is skipped."""
+    return getattr(mixer, _IN_FLIGHT, None)
+
+
+def after_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a grafted token mixer: add what `additive` and `mag` add to its output."""
+    flight = in_flight(mixer)
+    object.__setattr__(mixer, _IN_FLIGHT, None)
+    injection = getattr(mixer, CHILD).injection
+    if flight is None or injection not in ("additive", "mag"):
+        return output
+    mixed = output[0] if isinstance(output, tuple) else output
+    signal = flight.signal if injection == "additive" else flight.signal * mixed
+    mixed = mixed + (flight.s * signal).to(mixed.dtype)
     return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
 
 def hook(mixer: nn.Module, grafted: bool) -> list[RemovableHandle]:
     """Install the hooks of one mixer; those without a memory only drop the keyword."""
-    handles = [mixer.register_forward_pre_hook(take_call, with_kwargs=True)]
+    handles = [mixer.register_forward_pre_hook(before_mixer, with_kwargs=True)]
     if grafted:
-        handles.append(mixer.register_forward_hook(inject, with_kwargs=True))
+        handles.append(mixer.register_forward_hook(after_mixer, with_kwargs=True))
     return handles

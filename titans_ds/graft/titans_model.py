@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from titans_ds.config import GraftConfig
 from titans_ds.errors import ConfigError, StateError
-from titans_ds.graft import adapter, families, injection
+from titans_ds.graft import adapter, families, injection, mac
 from titans_ds.graft.call import KEYWORD, Call, active, bind
 from titans_ds.graft.injection import CHILD, GraftedMemory
 from titans_ds.graft.padding import as_right_padded
@@ -65,6 +65,8 @@ class TitansModel(nn.Module):
         self._graft(mixers)
 
     def _graft(self, mixers: list[families.Mixer]) -> None:
+        if self.config.injection == "mac":
+            self._attention_before = mac.install(self.base_model, mixers)
         width = families.text_width(self.base_model)
         for mixer in mixers:
             memory = GraftedMemory(width, self.config, mixer.index)
@@ -78,6 +80,8 @@ class TitansModel(nn.Module):
         """Take the memories out again; returns the base model as it was given to `attach`."""
         for handle in self._handles:
             handle.remove()
+        if self.config.injection == "mac":
+            mac.uninstall(self.base_model, self._attention_before)
         for mixer in families.select_mixers(self.base_model, self.layer_indices):
             delattr(mixer.module, CHILD)
         for parameter in self._trainable_before:
