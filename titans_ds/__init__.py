@@ -5,7 +5,7 @@
 Importing this package loads neither deepspeed nor mpi4py.
 """
 
-from titans_ds.config import GraftConfig, MemoryConfig
+from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
 from titans_ds.errors import TitansError
 from titans_ds.graft import MemorySession, TitansModel, attach
 from titans_ds.memory import MemoryState
@@ -13,6 +13,7 @@ from titans_ds.memory import MemoryState
 __version__ = "0.1.0"
 __all__ = [
     "GraftConfig",
+    "LoraSettings",
     "MemoryConfig",
     "MemorySession",
     "MemoryState",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from titans_ds.config import GraftConfig
 from titans_ds.errors import AdapterError
+from titans_ds.graft import lora as lora_adapters
 
 if TYPE_CHECKING:
     from titans_ds.graft.titans_model import TitansModel
@@ -51,12 +52,15 @@ def save(model: TitansModel, directory: str | Path, state_dict: dict[str, Tensor
     Args:
         model: the grafted model.
         directory: made where it is missing.
-        state_dict: whole tensors by adapter name, gathered from the ranks, in place of the model's own. May leave out
-            what is not partitioned.
+        state_dict: whole tensors gathered from the ranks, in place of the model's own: the graft's by adapter name,
+            LoRA's by name in the base model. May leave out what is not partitioned.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    values = {**tensors(model), **(state_dict or {})}
+    gathered = state_dict or {}
+    if model.lora is not None:
+        lora_adapters.save(model.base_model, model.lora, folder, {n: t for n, t in gathered.items() if ".lora_" in n})
+    values = {**tensors(model), **{n: t for n, t in gathered.items() if ".lora_" not in n}}
     weights = folder / (WEIGHTS_FILE + ".part")
     save_file({n: t.detach().cpu().contiguous().clone() for n, t in values.items()}, weights, metadata={"format": "pt"})
     os.replace(weights, folder / WEIGHTS_FILE)
@@ -83,7 +87,10 @@ def load(base: nn.Module | str | Path, directory: str | Path, **kwargs: Any) -> 
     settings = _read_config(folder)
     base_model = base if isinstance(base, nn.Module) else load_base(base, **kwargs)
     _check_base(settings["base_model"], base_model, folder)
-    model = TitansModel(base_model, GraftConfig.from_dict(settings["graft"], drop_unknown=True))
+    lora = lora_adapters.read_settings(folder)
+    model = TitansModel(base_model, GraftConfig.from_dict(settings["graft"], drop_unknown=True), lora=lora)
+    if lora is not None:
+        lora_adapters.load_tensors(base_model, folder)
     _load_tensors(model, folder / WEIGHTS_FILE)
     return model
 

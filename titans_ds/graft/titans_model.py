@@ -18,9 +18,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from titans_ds.config import GraftConfig
+from titans_ds.config import GraftConfig, LoraSettings
 from titans_ds.errors import ConfigError, StateError
 from titans_ds.graft import adapter, families, injection, mac
+from titans_ds.graft import lora as lora_adapters
 from titans_ds.graft.call import KEYWORD, Call, active, bind
 from titans_ds.graft.injection import CHILD, GraftedMemory
 from titans_ds.graft.padding import as_right_padded
@@ -43,13 +44,16 @@ class TitansModel(nn.Module):
     Args:
         base_model: causal LM of a supported family; keeps every parameter name it has.
         config: of the graft.
-        freeze_base: leave only the graft trainable.
+        freeze_base: leave only the graft (and LoRA) trainable.
+        lora: low-rank adapters to put into the base model as well.
 
     Raises:
         UnsupportedModelError, ConfigError: see families.select_mixers.
     """
 
-    def __init__(self, base_model: nn.Module, config: GraftConfig, freeze_base: bool = True) -> None:
+    def __init__(
+        self, base_model: nn.Module, config: GraftConfig, freeze_base: bool = True, lora: LoraSettings | None = None
+    ) -> None:
         super().__init__()
         mixers = families.select_mixers(base_model, config.layers)
         if any(hasattr(m.module, CHILD) for m in families.find_mixers(base_model)):
@@ -62,6 +66,9 @@ class TitansModel(nn.Module):
         self._trainable_before = [p for p in base_model.parameters() if p.requires_grad]
         if freeze_base:
             base_model.requires_grad_(False)
+        self.lora = lora
+        if lora is not None:
+            lora_adapters.inject(base_model, lora)
         self._graft(mixers)
 
     def _graft(self, mixers: list[families.Mixer]) -> None:
@@ -77,7 +84,7 @@ class TitansModel(nn.Module):
             self._handles += injection.hook(mixer.module, mixer.index in self.layer_indices)
 
     def detach(self) -> nn.Module:
-        """Take the memories out again; returns the base model as it was given to `attach`."""
+        """Take the memories out again; returns the base model as it was given to `attach` (LoRA stays in it)."""
         for handle in self._handles:
             handle.remove()
         if self.config.injection == "mac":
@@ -193,6 +200,12 @@ class TitansModel(nn.Module):
             self._disabled = before
 
     @contextlib.contextmanager
+    def disable_lora(self) -> Iterator[None]:
+        """Inside, LoRA is skipped; with `disable_memory` this is the model before any training."""
+        with lora_adapters.disabled(self.base_model) if self.lora else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
     def controls(
         self, sign: float = 1.0, inner_steps: int | None = None, query: Literal["trained", "key"] = "trained"
     ) -> Iterator[None]:
@@ -302,7 +315,12 @@ class TitansModel(nn.Module):
     # --- adapters ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write adapter_config.json, adapter_model.safetensors and a model card. See titans_ds.graft.adapter."""
+        """Write adapter_config.json, adapter_model.safetensors, a model card, and LoRA in PEFT's format under lora/.
+
+        Args:
+            directory: made where it is missing.
+            state_dict: whole tensors gathered from the ranks, by adapter name, or by name in the base model for LoRA.
+        """
         adapter.save(self, directory, state_dict)
 
     @classmethod
@@ -311,9 +329,14 @@ class TitansModel(nn.Module):
         return adapter.load(base, directory, **kwargs)
 
 
-def attach(base_model: nn.Module, config: GraftConfig | None = None, freeze_base: bool = True) -> TitansModel:
+def attach(
+    base_model: nn.Module,
+    config: GraftConfig | None = None,
+    freeze_base: bool = True,
+    lora: LoraSettings | None = None,
+) -> TitansModel:
     """Graft memories onto a causal LM: see TitansModel."""
-    return TitansModel(base_model, config or GraftConfig(), freeze_base)
+    return TitansModel(base_model, config or GraftConfig(), freeze_base, lora)
 
 
 def _expansion(model: TitansModel, kwargs: dict[str, Any]) -> int:
