@@ -1,6 +1,7 @@
 """Build a corpus grouped by repository: filtered, without duplicates, in reading order, split by repository.
 
     python -m data_prep.build_corpus --installed --out DIR
+    python -m data_prep.build_corpus --starcoderdata starcoderdata/python --max-repos 10000 --out DIR
 
 Writes DIR/{train,validation,test}-*.parquet, which `datasets.load_dataset(DIR)` opens, and DIR/manifest.json. A stopped
 build goes on when the same command is run again; a finished one is left as it is.
@@ -15,10 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from .console import STDERR, command_line, run_program
-from .corpus import build
+from .corpus import build, build_shard, work_folder
+from .errors import DataPrepError
 from .licenses import PERMISSIVE
 from .settings import ORDERS, CorpusSettings
-from .sources import InstalledPackages, Source
+from .sources import (
+    ArchiveFolder,
+    InstalledPackages,
+    RepositoryFolders,
+    Source,
+    StarCoderData,
+    open_dataset,
+)
 from .splits import parse_ratios
 
 
@@ -26,7 +35,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_prep.build_corpus", description=__doc__.split("\n\n")[0])
     sources = parser.add_argument_group("source").add_mutually_exclusive_group(required=True)
     sources.add_argument("--installed", action="store_true", help="the Python packages of this environment")
+    sources.add_argument("--folders", metavar="DIR", help="a folder with one folder for each repository")
+    sources.add_argument("--archives", metavar="DIR", help="a folder of wheels, sdists or other zip and tar archives")
+    sources.add_argument("--starcoderdata", nargs="+", metavar="PATH", help="StarCoderData parquet files or folders")
+    sources.add_argument("--dataset", metavar="ID_OR_DIR", help="a `datasets` dataset (see --columns)")
     parser.add_argument("--exclude", default="", metavar="NAMES", help="installed packages to leave out (a,b,c)")
+    parser.add_argument("--repo-depth", type=int, default=1, help="2: --folders DIR holds OWNER/NAME")
+    parser.add_argument(
+        "--columns", default="", help="of --dataset: repo=A,path=B,content=C,license=D,stars=E,version=F"
+    )
+    parser.add_argument("--dataset-split", default="train", help="of --dataset (default %(default)s)")
+    parser.add_argument("--shard", metavar="I/N", help="read only part I (from 0) of N; then run once without --shard")
     parser.add_argument("--out", type=Path, required=True, help="the corpus folder to write")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--restart", action="store_true", help="throw away unfinished work, and replace --out")
@@ -49,6 +68,10 @@ def _add_filters(group: Any) -> None:
     group.add_argument("--require-license", action="store_true", help="also drop repositories of unknown licence")
     group.add_argument("--no-require-import", action="store_true", help="keep repositories without an import inside")
     group.add_argument("--require-parse", action="store_true", help="drop files that Python cannot parse")
+    group.add_argument("--no-near-duplicates", action="store_true", help="drop exact duplicates only")
+    group.add_argument(
+        "--near-duplicate-threshold", type=float, default=default.near_duplicate_threshold, help="default %(default)s"
+    )
     group.add_argument("--keep-generated", action="store_true", help="keep generated, minified and data files")
 
 
@@ -74,6 +97,8 @@ def _settings(options: argparse.Namespace) -> CorpusSettings:
         require_import=not options.no_require_import,
         require_parse=options.require_parse,
         keep_generated=options.keep_generated,
+        near_duplicates=not options.no_near_duplicates,
+        near_duplicate_threshold=options.near_duplicate_threshold,
         order=options.order,
         max_repos=options.max_repos,
         max_files_per_repo=options.max_files_per_repo,
@@ -84,15 +109,43 @@ def _settings(options: argparse.Namespace) -> CorpusSettings:
 
 
 def _source(options: argparse.Namespace) -> Source:
+    if options.folders:
+        return RepositoryFolders(options.folders, options.repo_depth)
+    if options.archives:
+        return ArchiveFolder(options.archives)
+    if options.starcoderdata:
+        return StarCoderData(tuple(options.starcoderdata))
+    if options.dataset:
+        return open_dataset(options.dataset, options.dataset_split, _columns(options.columns), work_folder(options.out))
     return InstalledPackages(exclude=tuple(name for name in options.exclude.split(",") if name))
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [part.split("=") for part in text.split(",") if part]
+    if any(len(pair) != 2 for pair in pairs):
+        raise DataPrepError(f"--columns {text!r}: expected pairs as in repo=repo_name,path=path,content=code.")
+    return {key: column for key, column in pairs}
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise DataPrepError(f"--shard {text!r}: expected I/N with I from 0 to N-1, as in 0/8.") from None
+    return index, count
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program with these arguments (default: the command line's)."""
     options = _parser().parse_args(arguments)
+    source, settings = _source(options), _settings(options)
+    if options.shard:
+        num_chunks = build_shard(source, settings, options.out, *_shard(options.shard), options.workers)
+        STDERR.print(f"{work_folder(options.out)}: {num_chunks} chunks of shard {options.shard} are read")
+        return
     manifest, reused = build(
-        _source(options),
-        _settings(options),
+        source,
+        settings,
         options.out,
         num_workers=options.workers,
         command=command_line(),

@@ -19,6 +19,7 @@ from .assemble import REPOSITORY_FILTERS, AssembleJob, assemble_bucket
 from .console import map_parallel
 from .duplicates import connect, count_left, find_exact_duplicates
 from .errors import DataPrepError
+from .near_duplicates import find_near_duplicates
 from .output import atomic_file, explain_os_errors, read_json
 from .plan import Plan, make_plan
 from .publish import choose_repositories, require_left, write_corpus
@@ -75,7 +76,8 @@ def build(
         records = _assemble(plan, dropped, num_workers, report)
         chosen = choose_repositories(records, settings.max_repos, settings.seed)
         report.left("max_repos", sum(record["files"] for record in chosen), len(chosen))
-        manifest = write_corpus(plan, chosen, out, vars(report), command)
+        with report.timed("publish"):
+            manifest = write_corpus(plan, chosen, out, vars(report), command)
     shutil.rmtree(plan.folder)
     return manifest, False
 
@@ -108,7 +110,7 @@ def _open(source: Source, settings: CorpusSettings, out: Path, restart: bool) ->
     if not out.exists() or restart:
         return plan
     manifest = out / "manifest.json"
-    same = manifest.exists() and read_json(manifest).get("identity") == plan.identity()
+    same = manifest.exists() and read_json(manifest).get("identity") == plan.identity
     shutil.rmtree(folder)
     if same:
         return None
@@ -135,13 +137,20 @@ def _drop_duplicates(plan: Plan, num_workers: int, report: _Report) -> tuple[Pat
     connection = connect(plan.folder)
     hashes = hash_paths(plan)
     report.left("file_filters", *_counted(report, lambda: count_left(connection, hashes, ())))
-    exact = plan.folder / "exact.parquet"
+    exact, near = plan.folder / "exact.parquet", plan.folder / "near.parquet"
     with report.timed("exact_duplicates"):
         if not exact.exists():
             with atomic_file(exact) as temporary:
                 find_exact_duplicates(connection, hashes, temporary)
         report.left("exact_duplicates", *count_left(connection, hashes, (exact,)))
-    return (exact,)
+    if not plan.settings.near_duplicates:
+        return (exact,)
+    with report.timed("near_duplicates"):
+        if not near.exists():
+            with atomic_file(near) as temporary:
+                find_near_duplicates(connection, plan, exact, temporary, num_workers)
+        report.left("near_duplicates", *count_left(connection, hashes, (exact, near)))
+    return exact, near
 
 
 def _counted(report: _Report, count: Callable[[], tuple[int, int]]) -> tuple[int, int]:

@@ -6,10 +6,12 @@ The search joins hashes out of core in DuckDB, so that its memory does not grow 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
 from .errors import DataPrepError
 
@@ -39,8 +41,20 @@ def parquet_scan(paths: Sequence[Path]) -> str:
 
 def run_sql(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyConnection:
     """Execute; a full disk or too little memory is a DataPrepError."""
-    try:
+    with _explained():
         return connection.execute(query)
+
+
+def stream_sql(connection: duckdb.DuckDBPyConnection, query: str, rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield the result of a query in batches of at most `rows` rows."""
+    with _explained():
+        yield from connection.sql(query).to_arrow_reader(rows)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
         raise DataPrepError(
             f"The search over all files could not finish: {error}. Free disk space for the work folder (it holds what "

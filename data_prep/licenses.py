@@ -73,10 +73,10 @@ def normalize_license(text: str) -> str:
 def license_from_metadata(metadata: Message | Any) -> str:
     """Return the licence of a distribution from License-Expression, its classifiers or License, in this order."""
     if expression := metadata.get("License-Expression"):
-        return normalize_license(expression)
-    names = [c.split(" :: ")[-1] for c in metadata.get_all("Classifier") or () if c.startswith("License :: ")]
+        return normalize_license(str(expression))
+    names = [str(c).split(" :: ")[-1] for c in metadata.get_all("Classifier") or () if str(c).startswith("License :: ")]
     known = sorted({_CLASSIFIERS[name] for name in names if name in _CLASSIFIERS})
-    stated = normalize_license(metadata.get("License") or "")
+    stated = normalize_license(str(metadata.get("License") or ""))
     # "BSD License" does not say which: the License field may.
     if stated and (not known or (known == ["BSD-3-Clause"] and stated.startswith("BSD-"))):
         return stated

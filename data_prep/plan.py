@@ -7,8 +7,9 @@ why shards give the same corpus whatever their number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .errors import DataPrepError
 from .output import read_json, write_json
@@ -16,20 +17,25 @@ from .settings import CorpusSettings, fingerprint
 from .sources.base import Source, Unit
 
 FORMAT_VERSION = 1
-CHUNK_BYTES = 64 * 2**20
+MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 4 * 2**20, 128 * 2**20
 BUCKET_BYTES = 64 * 2**20
 _MAX_BUCKET_BITS = 10
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every process of a build needs to know. `folder` holds the unfinished work."""
+    """What every process of a build needs to know.
+
+    `folder` holds the unfinished work; `identity` is a hash of everything that decides the corpus.
+    """
 
     source: Source
     settings: CorpusSettings
     chunks: tuple[tuple[Unit, ...], ...]
     bucket_bits: int
     folder: Path
+    source_description: dict[str, Any]
+    identity: str
 
     @property
     def num_buckets(self) -> int:
@@ -40,17 +46,12 @@ class Plan:
         """Return the bucket of a repository's 64-bit hash."""
         return repo_hash >> (64 - self.bucket_bits)
 
-    def identity(self) -> str:
-        """Return a hash of everything that decides the corpus."""
-        units = [[unit.key for unit in chunk] for chunk in self.chunks]
-        return fingerprint([FORMAT_VERSION, self.source.describe(), self.settings.to_json(), units])
-
     def describe(self) -> dict[str, object]:
         """Return the plan as written to plan.json."""
         return {
-            "identity": self.identity(),
+            "identity": self.identity,
             "chunks": len(self.chunks),
-            "source": self.source.describe(),
+            "source": self.source_description,
             "settings": self.settings.to_json(),
         }
 
@@ -60,23 +61,26 @@ def make_plan(source: Source, settings: CorpusSettings, work_folder: Path) -> Pl
 
     Raises DataPrepError when the source is empty, or when the folder belongs to another build.
     """
+    description = source.describe()
     units = source.list_units()
     if not units:
-        raise DataPrepError(f"The source has nothing to read: {source.describe()}. Check the path or the options.")
+        raise DataPrepError(f"The source has nothing to read: {description}. Check the path or the options.")
     total = sum(unit.num_bytes for unit in units)
+    chunks = tuple(_chunks(units, min(MAX_CHUNK_BYTES, max(MIN_CHUNK_BYTES, total // 16))))
+    identity = fingerprint([FORMAT_VERSION, description, settings.to_json(), [[u.key for u in c] for c in chunks]])
     # One bit at least, so that a shift by 64 never occurs.
     bits = min(_MAX_BUCKET_BITS, max(1, (total // BUCKET_BYTES).bit_length()))
-    plan = Plan(source, settings, tuple(_chunks(units)), bits, work_folder)
+    plan = Plan(source, settings, chunks, bits, work_folder, description, identity)
     _claim(plan)
-    return plan
+    return replace(plan, source=source.prepare(work_folder, settings))
 
 
-def _chunks(units: Sequence[Unit]) -> list[tuple[Unit, ...]]:
+def _chunks(units: Sequence[Unit], chunk_bytes: int) -> list[tuple[Unit, ...]]:
     chunks: list[tuple[Unit, ...]] = []
     current: list[Unit] = []
     size = 0
     for unit in units:
-        if current and size + unit.num_bytes > CHUNK_BYTES:
+        if current and size + unit.num_bytes > chunk_bytes:
             chunks.append(tuple(current))
             current, size = [], 0
         current.append(unit)
@@ -87,7 +91,7 @@ def _chunks(units: Sequence[Unit]) -> list[tuple[Unit, ...]]:
 def _claim(plan: Plan) -> None:
     path = plan.folder / "plan.json"
     if path.exists():
-        if read_json(path)["identity"] != plan.identity():
+        if read_json(path)["identity"] != plan.identity:
             raise DataPrepError(
                 f"{plan.folder} holds unfinished work with another source or other settings (see its plan.json). "
                 "Run that command again to finish it, or pass --restart to throw it away, or give another --out."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -119,10 +120,10 @@ def _manifest(
 ) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
-        "identity": plan.identity(),
+        "identity": plan.identity,
         "command": command,
         "made_with": made_with(),
-        "source": plan.source.describe(),
+        "source": plan.source_description,
         "settings": plan.settings.to_json(),
         **report,
         "splits": {split: _split_record(split, chosen, files) for split, files in paths.items()},
@@ -142,7 +143,10 @@ def _split_record(split: str, chosen: Sequence[dict[str, Any]], paths: list[Path
 
 def made_with() -> dict[str, str]:
     """Return the versions of what can change the result."""
-    versions = {name: metadata.version(name) for name in ("duckdb", "numpy", "packaging", "pyarrow")}
+    versions = {}
+    for name in ("duckdb", "numpy", "packaging", "pyarrow", "rensa"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {"python": platform.python_version(), **versions}
 
 

@@ -22,7 +22,7 @@ from .output import atomic_file, read_json, write_json
 from .plan import Plan
 from .sources.base import SourceFile
 
-RUN_BYTES = 64 * 2**20
+RUN_BYTES = 128 * 2**20
 
 RUN_SCHEMA = pa.schema(
     [

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from ..settings import CorpusSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,10 @@ class Source(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return what identifies the source, for the plan and the manifest (JSON)."""
         ...
+
+    def prepare(self, folder: Path, settings: CorpusSettings) -> Source:
+        """Return a source that reads less where it can tell early what the filters will drop."""
+        return self
 
     def list_units(self) -> list[Unit]:
         """Return all units, in an order that depends on the source's content alone."""

@@ -11,12 +11,12 @@ from typing import Any
 from packaging.utils import canonicalize_name
 
 from ..licenses import license_from_metadata
-from .base import SourceFile, Unit
+from .base import Source, SourceFile, Unit
 from .reading import read_regular_file
 
 
 @dataclass(frozen=True)
-class InstalledPackages:
+class InstalledPackages(Source):
     """Every distribution that importlib.metadata finds; a repository is a distribution.
 
     `exclude` names distributions to leave out (any spelling).
