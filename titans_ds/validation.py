@@ -1,0 +1,70 @@
+"""Checks of settings that are dataclasses: types, choices, unknown keys with the nearest known one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+import warnings
+from typing import Any, Literal
+
+from titans_ds.errors import ConfigError
+
+
+def check_choices(config: Any) -> None:
+    """Raise ConfigError where a field of type Literal has a value outside it, or a field has the wrong plain type."""
+    hints = typing.get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, hint = getattr(config, item.name), hints[item.name]
+        if not _fits(value, hint):
+            require(False, f"{item.name} is {value!r}; expected {_describe(hint)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, typing.get_args(hint)[0]) for v in value)
+    if origin in (dict, tuple):
+        return isinstance(value, origin)
+    if origin is not None:  # a union
+        return any(_fits(value, choice) for choice in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(v) for v in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"a list of {typing.get_args(hint)[0].__name__}"
+    if typing.get_origin(hint) is not None:
+        return " or ".join(_describe(choice) for choice in typing.get_args(hint))
+    return "nothing" if hint is type(None) else str(getattr(hint, "__name__", hint))
+
+
+def build(cls: Any, values: dict[str, Any], path: str, drop_unknown: bool) -> Any:
+    """A dataclass out of plain values, nested ones too; unknown keys raise ConfigError, or warn and drop."""
+    hints, known = typing.get_type_hints(cls), {f.name for f in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+            if not drop_unknown:
+                raise ConfigError(f"unknown setting {path + key!r}{hint}")
+            warnings.warn(f"unknown setting {path + key!r} is left out{hint}", stacklevel=3)
+            continue
+        nested = dataclasses.is_dataclass(hints[key]) and isinstance(value, dict)
+        arguments[key] = build(hints[key], value, f"{path}{key}.", drop_unknown) if nested else value
+    return cls(**arguments)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError(message) unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
