@@ -112,7 +112,9 @@ def run(engine: Engine, lanes: Lanes, case: Case, world_size: int) -> dict[str, 
         loss = passes.loss_sum if world_size == 1 else sum_over(passes.loss_sum)
         losses.append(float(loss) / passes.targets)
         if step == 0:
-            gradients = {n: None if g is None else g.detach().float().clone() for n, g in engine.gradients(names).items()}
+            gradients = {
+                n: None if g is None else g.detach().float().clone() for n, g in engine.gradients(names).items()
+            }
         engine.step(OPTIMIZER.lr, skip=False)
         commit(passes, carried)
     return {"losses": losses, "gradients": gradients, "state_bytes": engine.optimizer_state_bytes()}
@@ -165,7 +167,9 @@ def main() -> None:
             bf16=case.dtype == "bfloat16",
         )
         engine = DeepSpeedEngine(module, make_optimizer(module, OPTIMIZER), config, device)
-        results.append(compare(case, references[key], run(engine, make_lanes(corpus, rank, world_size), case, world_size)))
+        results.append(
+            compare(case, references[key], run(engine, make_lanes(corpus, rank, world_size), case, world_size))
+        )
     if rank == 0:
         Path(sys.argv[-1]).write_text(json.dumps(results, indent=1))
 

@@ -19,6 +19,9 @@ class Engine(Protocol):
     module: TrainingModule
     device: torch.device
 
+    def set_training(self, training: bool) -> None:
+        """Training mode or evaluation mode."""
+
     def forward(self, batch: Batch, state: States | None, mode: Mode) -> Outputs:
         """One segment per row of this rank's lanes."""
 
@@ -71,6 +74,10 @@ class TorchEngine:
         self._masters.append((parameter, master))
         return master
 
+    def set_training(self, training: bool) -> None:
+        """Training mode or evaluation mode."""
+        self.module.train(training)
+
     def forward(self, batch: Batch, state: States | None, mode: Mode) -> Outputs:
         """One segment per row."""
         return call(self.module, batch, state, mode, self.device)
@@ -118,4 +125,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of an optimizer's state tensors."""
     states = optimizer.state.values()
-    return sum(v.numel() * v.element_size() for state in states for v in state.values() if isinstance(v, Tensor))
+    return sum(v.numel() * v.element_size() for state in states for v in state.values() if _is_moment(v))
+
+
+def _is_moment(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0  # the step count is a scalar

@@ -88,9 +88,7 @@ def _restart_rows(step: Step, carried: Carried) -> None:
         step.batch.reset[:] |= carried.restart.cpu().numpy()
 
 
-def _first_order(
-    engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, stats: bool
-) -> None:
+def _first_order(engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, stats: bool) -> None:
     for number, step in enumerate(window):
         outputs = engine.forward(step.batch, passes.state, Mode(stats=stats))
         engine.backward(outputs.loss_sum * scale, last=last and number == len(window) - 1)
@@ -98,9 +96,7 @@ def _first_order(
         passes.state = detach(outputs.state)
 
 
-def _second_order(
-    engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, stats: bool
-) -> None:
+def _second_order(engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, stats: bool) -> None:
     loss = torch.zeros((), device=engine.device)
     for step in window:
         outputs = engine.forward(step.batch, passes.state, Mode(graph=True, stats=stats))

@@ -84,5 +84,9 @@ def complete_config(
                 f"the DeepSpeed configuration sets {key} to {config[key]}, the run's settings make it {ours[key]}; "
                 'take it out, or write "auto"'
             )
-    defaults = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "wall_clock_breakdown": False}
+    defaults = {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "wall_clock_breakdown": False,
+    }
     return {**defaults, **config, **ours, "bf16": {"enabled": bf16}}

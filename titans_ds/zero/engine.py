@@ -30,7 +30,15 @@ def start_ranks() -> None:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone)
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    _share_cores()
     deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False)
+
+
+def _share_cores() -> None:
+    """Ranks of one host share its cores; each taking all of them slows every one down many times over."""
+    ranks_here = next((int(os.environ[n]) for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if n in os.environ), 1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max((os.cpu_count() or 1) // ranks_here, 1))
 
 
 def local_device() -> torch.device:
@@ -47,11 +55,12 @@ def local_device() -> torch.device:
 
 def import_deepspeed() -> Any:
     """The deepspeed module, quiet, and without the op that its CPU backend would compile for minutes at first use."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)  # it warns about a missing GPU, and about every optimizer that is not its own
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # A killed build leaves a lock that every later run waits for; gloo does without the op.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -74,6 +83,10 @@ class DeepSpeedEngine:
         self.stage = zero_stage(config)
         optimizer.agree = _any_rank
         self._engine = import_deepspeed().initialize(model=module, optimizer=cast(Any, optimizer), config=config)[0]
+
+    def set_training(self, training: bool) -> None:
+        """Training mode or evaluation mode."""
+        self._engine.train(training)
 
     def forward(self, batch: Batch, state: States | None, mode: Mode) -> Outputs:
         """One segment per row of this rank's lanes."""

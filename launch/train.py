@@ -1,0 +1,176 @@
+"""Train a memory, or a base model: one command, on one process or many.
+
+    deepspeed [--num_accelerators N] launch/train.py --config launch/configs/quickstart.yaml [--section.key value …]
+
+The same under torchrun, or as plain `python launch/train.py …` for one process. Settings: titans_ds/training/settings.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, only this file's own folder is on the path
+
+import torch
+from rich.console import Console
+
+from launch.arguments import command_line
+from launch.corpus import packed_corpus
+from launch.show import TerminalReporter, print_comparison
+from titans_ds.errors import ConfigError, TitansError
+from titans_ds.training import build, ranks
+from titans_ds.training.engine import Engine, TorchEngine
+from titans_ds.training.evaluation import Evaluation, Evaluator
+from titans_ds.training.lanes import Lanes, check_divisible
+from titans_ds.training.loop import Trainer
+from titans_ds.training.metrics import peak_host_bytes
+from titans_ds.training.optimizer import make_optimizer
+from titans_ds.training.packed import PackedCorpus, open_corpus
+from titans_ds.training.run_folder import RunFolder
+from titans_ds.training.segments import RepositoryReader
+from titans_ds.training.settings import TrainConfig
+from titans_ds.zero.config import complete_config, read_config
+from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
+from titans_ds.zero.loading import partitioned_loading
+
+
+def main() -> int:
+    """Run the program; returns its exit code."""
+    try:
+        config, text = command_line()
+        return train(config, text)
+    except TitansError as error:
+        if ranks.rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def train(config: TrainConfig, text: str) -> int:
+    """Set the run up on this rank, run it, and print the comparison on rank 0."""
+    settings = read_deepspeed(config)
+    if settings is not None:
+        start_ranks()
+    device = local_device() if settings is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_divisible(config.data.num_lanes, ranks.world_size())
+    corpus = find_corpus(config)
+    tokenizer = build.load_tokenizer(config.model)
+    train_reader, held_out = make_readers(config, corpus, tokenizer)
+    lanes = Lanes(train_reader, config.data.num_lanes, ranks.rank(), ranks.world_size(), config.training.seed)
+    evaluator = make_evaluator(config, held_out)
+    engine = make_engine(config, settings, corpus, device)
+    folder = make_folder(config, text)
+    evaluation = run(config, engine, lanes, evaluator, folder, tokenizer)
+    stop_ranks()
+    return 0 if evaluation is not None or not evaluator else 3
+
+
+def read_deepspeed(config: TrainConfig) -> dict[str, Any] | None:
+    """The DeepSpeed configuration, from the working folder or the checkout; None for plain torch in one process."""
+    if config.deepspeed is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("deepspeed is null, which is plain torch in one process; set it to use several ranks")
+        return None
+    path = Path(config.deepspeed)
+    return read_config(path if path.is_file() or path.is_absolute() else ROOT / path)
+
+
+def find_corpus(config: TrainConfig) -> PackedCorpus:
+    """The packed corpus; rank 0 packs one while the others wait."""
+    name = config.model.tokenizer or config.model.base
+    return open_corpus(ranks.on_rank_zero(lambda: packed_corpus(config.data.corpus, name)))
+
+
+def make_readers(
+    config: TrainConfig, corpus: PackedCorpus, tokenizer: Any
+) -> tuple[RepositoryReader, RepositoryReader | None]:
+    """Segments of the training split, and of the held-out one if it is evaluated."""
+    separators = build.separators_of(tokenizer)
+
+    def reader(name: str, min_repos: int) -> RepositoryReader:
+        split = corpus.split(name, min_repos)
+        return RepositoryReader(split, config.segment_tokens, config.data.layout, separators)
+
+    held_out = reader(config.evaluation.split, 2 if config.graft else 1) if config.evaluation.interval else None
+    return reader(config.data.train_split, 1), held_out
+
+
+def make_evaluator(config: TrainConfig, held_out: RepositoryReader | None) -> Evaluator | None:
+    """None where evaluation is off."""
+    if held_out is None:
+        return None
+    return Evaluator(held_out, config.evaluation, config.training.seed, with_memory=config.graft is not None)
+
+
+def make_engine(
+    config: TrainConfig, settings: dict[str, Any] | None, corpus: PackedCorpus, device: torch.device
+) -> Engine:
+    """Base, graft, optimizer, engine."""
+    world = ranks.world_size()
+    if settings is not None:
+        settings = complete_config(
+            settings,
+            rows=config.data.num_lanes // world,
+            backwards_per_step=config.backwards_per_step,
+            world_size=world,
+            clip=config.optimizer.clip,
+            bf16=config.model.dtype == "bfloat16",
+        )
+    with contextlib.nullcontext() if settings is None else partitioned_loading(settings):
+        base = build.load_base(config.model, config.training.seed, corpus.vocab_size)
+    corpus.check_vocabulary(build.vocabulary_of(base))
+    module = build.make_module(base, config)
+    if settings is None:
+        return TorchEngine(module.to(device), make_optimizer(module, config.optimizer), config.optimizer.clip, device)
+    return DeepSpeedEngine(module, make_optimizer(module, config.optimizer), settings, device)
+
+
+def make_folder(config: TrainConfig, text: str) -> RunFolder | None:
+    """The run folder, on rank 0."""
+    made = ranks.on_rank_zero(lambda: RunFolder.create(str(config.run.dir), text, config.run.overwrite))
+    return made if ranks.rank() == 0 else None
+
+
+def run(
+    config: TrainConfig,
+    engine: Engine,
+    lanes: Lanes,
+    evaluator: Evaluator | None,
+    folder: RunFolder | None,
+    tokenizer: Any,
+) -> Evaluation | None:
+    """The loop, with a progress bar on rank 0, and the comparison at its end."""
+    hosts = ranks.gather(peak_host_bytes())
+    if folder is None:
+        return Trainer(config, engine, lanes, evaluator).run()
+    console = Console()
+    describe(console, engine, hosts)
+    with TerminalReporter(config.training.steps) as reporter:
+        evaluation = Trainer(config, engine, lanes, evaluator, folder, reporter, tokenizer).run()
+    if evaluation is not None:
+        print_comparison(console, evaluation)
+    console.print(f"run folder: {folder.path}", highlight=False)
+    return evaluation
+
+
+def describe(console: Console, engine: Engine, hosts: list[int]) -> None:
+    """What trains, and the peak host memory of every rank after loading."""
+    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in engine.module.parameters()]
+    trained, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
+    console.print(f"trainable parameters: {trained:,} of {total:,} ({100 * trained / total:.2f}%)", highlight=False)
+    peaks = ", ".join(f"{h / 2**30:.2f} GiB" for h in hosts)
+    console.print(f"peak host memory by rank, base model loaded: {peaks}", highlight=False)
+
+
+def stop_ranks() -> None:
+    """Leave torch.distributed, which warns otherwise."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

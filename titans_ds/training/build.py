@@ -1,0 +1,176 @@
+"""The model of a run: base, graft, what is trained, and how it is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from titans_ds.config import GraftConfig
+from titans_ds.errors import ConfigError, TitansError
+from titans_ds.graft.titans_model import TitansModel
+from titans_ds.training.engine import Engine
+from titans_ds.training.module import PlainModel, TrainingModule
+from titans_ds.training.segments import Separators
+from titans_ds.training.settings import ModelSettings, TrainConfig
+
+_SEPARATORS = ("<|repo_name|>", "<|file_sep|>")
+
+
+def load_base(settings: ModelSettings, seed: int, vocab_size: int) -> nn.Module:
+    """The base model: pretrained, or of random weights.
+
+    Args:
+        settings: section model.
+        seed: of random weights.
+        vocab_size: the corpus's; an architecture that names none takes it.
+
+    Raises:
+        ConfigError: it can't be loaded, or its architecture is not one of transformers'.
+    """
+    try:
+        return _random(settings, seed, vocab_size) if settings.base is None else _pretrained(settings)
+    except TitansError:
+        raise
+    except Exception as error:
+        source = settings.base or settings.architecture
+        raise ConfigError(f"the base model {source} can't be loaded: {_first_line(error)}") from error
+
+
+def _pretrained(settings: ModelSettings) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        settings.base,
+        dtype=getattr(torch, settings.dtype),
+        attn_implementation=settings.attn_implementation,
+        trust_remote_code=settings.trust_remote_code,
+        use_safetensors=None if settings.allow_pickle else True,
+    )
+    return model
+
+
+def _random(settings: ModelSettings, seed: int, vocab_size: int) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**{"vocab_size": vocab_size, **cast(dict[str, Any], settings.architecture)})
+    torch.manual_seed(seed)
+    model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=settings.attn_implementation)
+    return model.to(getattr(torch, settings.dtype))
+
+
+def vocabulary_of(base: nn.Module) -> int:
+    """Rows of the embedding, as the model's configuration says."""
+    return int(cast(Any, base.config).get_text_config().vocab_size)
+
+
+def make_module(base: nn.Module, config: TrainConfig) -> TrainingModule:
+    """Graft, freeze and wrap a base model as the configuration says.
+
+    Raises:
+        UnsupportedModelError, ConfigError: see TitansModel.
+    """
+    train_base = config.model.trainable == "all"
+    torch.manual_seed(config.training.seed)
+    model = _graft(base, config.graft, train_base)
+    if config.training.checkpointing:
+        enable_checkpointing(base)
+    return TrainingModule(model, config.training.loss_chunk_tokens).train()
+
+
+def _graft(base: nn.Module, graft: GraftConfig | None, train_base: bool) -> TitansModel | PlainModel:
+    base.requires_grad_(train_base)
+    if graft is None:
+        return PlainModel(base)
+    model = TitansModel(base, graft, freeze_base=not train_base)
+    dtype = next(base.parameters()).dtype
+    for memory in model.memories.values():
+        memory.to(dtype)  # as DeepSpeed casts the whole module; fast weights and optimizer stay fp32
+    return model
+
+
+def enable_checkpointing(base: nn.Module) -> None:
+    """Recompute each layer's activations in backward, non-reentrant."""
+    cast(Any, base).gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def load_tokenizer(settings: ModelSettings) -> Any | None:
+    """The model's tokenizer, or None where the settings name none. Raises ConfigError where it can't be loaded."""
+    name = settings.tokenizer or settings.base
+    if name is None:
+        return None
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if Path(name).suffix == ".json":
+            return PreTrainedTokenizerFast(tokenizer_file=name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:
+        if settings.tokenizer is None:
+            return None  # a base without tokenizer files: a packed corpus does without
+        raise ConfigError(f"the tokenizer {name} can't be loaded: {_first_line(error)}") from error
+
+
+def separators_of(tokenizer: Any | None) -> Separators:
+    """The tokens that lead a repository and a file, where the tokenizer has them."""
+    if tokenizer is None:
+        return Separators()
+    vocabulary = tokenizer.get_vocab()
+    repo, file = (vocabulary.get(token) for token in _SEPARATORS)
+    return Separators(repo, file)
+
+
+def trainable_names(module: nn.Module) -> list[str]:
+    """Names of the parameters that train, in order; the same on every rank."""
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def gate_names(module: TrainingModule) -> dict[str, str]:
+    """Layer index -> name of its gate's parameter in the module."""
+    if not isinstance(module.model, TitansModel):
+        return {}
+    wanted = {id(gate): str(layer) for layer, gate in module.model.gate_parameters().items()}
+    return {wanted[id(p)]: name for name, p in module.named_parameters() if id(p) in wanted}
+
+
+def save_trained(engine: Engine, folder: Path, config: TrainConfig, tokenizer: Any | None, writes: bool) -> None:
+    """Write adapter/ (the graft) and, where the base was trained, model/. A collective; `writes` on rank 0."""
+    model = engine.module.model
+    if isinstance(model, TitansModel):
+        names = {id(p): n for n, p in engine.module.named_parameters()}
+        adapter = {own: names[id(p)] for own, p in model.titans_parameters()}
+        whole = engine.parameters(list(adapter.values()))
+        if writes:
+            model.save_pretrained(folder / "adapter", {own: whole[name] for own, name in adapter.items()})
+    if config.model.trainable == "all":
+        _save_base(engine, folder / "model", getattr(torch, config.model.dtype), tokenizer, writes)
+
+
+def _save_base(engine: Engine, folder: Path, dtype: torch.dtype, tokenizer: Any | None, writes: bool) -> None:
+    base = cast(Any, engine.module.model.base_model)
+    prefix = "model.base_model."
+    names = [n for n, _ in engine.module.named_parameters() if n.startswith(prefix) and ".titans." not in n]
+    whole = engine.parameters(names)
+    if not writes:
+        return
+    buffers = {n: b.detach().cpu() for n, b in base.named_buffers() if n in _persistent(base) and ".titans." not in n}
+    state: dict[str, Tensor] = {n.removeprefix(prefix): t.to(dtype) for n, t in whole.items()}
+    base.save_pretrained(folder, state_dict={**state, **buffers})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _persistent(module: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, child in module.named_modules()
+        for name in child._buffers
+        if name not in child._non_persistent_buffers_set
+    }
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

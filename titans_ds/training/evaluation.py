@@ -1,0 +1,180 @@
+"""Held-out evaluation: the same repositories with their own memory, without memory, and with another's.
+
+Repositories are read in groups, row by row through time. The wrong memory of a row is the state of another row of its
+group after as many segments; groups are made of repositories with about as many segments, so states are length-matched.
+Only segments after a repository's first count, where all three ways differ by the memory alone. Groups do not depend on
+the number of ranks, and every rank makes the same number of forward passes with the same shapes, as ZeRO-3 needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from titans_ds.errors import DataError
+from titans_ds.memory import MemoryState
+from titans_ds.training import ranks
+from titans_ds.training.engine import Engine
+from titans_ds.training.module import Mode, States
+from titans_ds.training.packed import Integers
+from titans_ds.training.segments import IGNORED, Batch, RepositoryReader, Segment, collate
+from titans_ds.training.settings import EvaluationSettings
+
+MODES = ("memory", "ablated", "wrong")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Repositories read side by side. Row r's wrong memory is row donors[r]'s."""
+
+    repos: list[int]
+    donors: Integers
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over repositories and its standard error."""
+
+    mean: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class RepositoryLosses:
+    """One repository: target tokens counted, and the mean loss (nats a token) in each mode."""
+
+    repo: str
+    tokens: int
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean losses over repositories, and the paired differences `MODE - memory`: above 0 where the memory helps."""
+
+    repositories: list[RepositoryLosses]
+    losses: dict[str, Estimate] = field(default_factory=dict)
+    differences: dict[str, Estimate] = field(default_factory=dict)
+
+
+class Evaluator:
+    """Evaluates on the repositories of one split.
+
+    Args:
+        reader: of the held-out split.
+        settings: see EvaluationSettings.
+        seed: of the choice of repositories and of wrong memories.
+        with_memory: false where the model has none; then only its loss is measured, on all segments.
+
+    Raises:
+        DataError: fewer than two repositories have two segments.
+    """
+
+    def __init__(self, reader: RepositoryReader, settings: EvaluationSettings, seed: int, with_memory: bool) -> None:
+        self._reader, self._settings, self._with_memory = reader, settings, with_memory
+        self._first = 1 if with_memory else 0
+        self.groups = self._make_groups(np.random.default_rng([seed, 1]))
+
+    def _make_groups(self, rng: np.random.Generator) -> list[Group]:
+        eligible = [r for r in range(self._reader.split.num_repos) if self._reader.num_segments(r) > self._first]
+        if len(eligible) < 1 + self._first:
+            raise DataError(
+                f"split {self._reader.split.name!r} has {len(eligible)} repositories of two segments or more "
+                f"(of {self._reader.segment_tokens} tokens); evaluation needs two. Add repositories, make segments shorter, "
+                "or set evaluation.interval to 0"
+            )
+        chosen = sorted(rng.permutation(eligible)[: self._settings.repositories], key=lambda r: (self._length(r), r))
+        number = max(len(chosen) // self._settings.group_size, 1)
+        return [Group([int(r) for r in part], _donors(len(part), rng)) for part in np.array_split(chosen, number)]
+
+    def _length(self, repo: int) -> int:
+        return min(self._reader.num_segments(repo), self._settings.max_segments)
+
+    def run(self, engine: Engine) -> Evaluation:
+        """Evaluate on all ranks; every rank gets the whole result."""
+        rows, world = max(len(g.repos) for g in self.groups), ranks.world_size()
+        sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        engine.set_training(False)
+        with torch.no_grad():
+            for start in range(0, len(self.groups), world):
+                together = self.groups[start : start + world]
+                mine = start + ranks.rank() if ranks.distributed() else start
+                group = self.groups[mine] if mine < len(self.groups) else None
+                self._run_group(engine, together, group, rows, sums)
+        engine.set_training(True)
+        return self._summarise(ranks.gather({repo: dict(values) for repo, values in sums.items()}))
+
+    def _run_group(
+        self,
+        engine: Engine,
+        together: list[Group],
+        group: Group | None,
+        rows: int,
+        sums: dict[int, dict[str, float]],
+    ) -> None:
+        """One group on this rank, while the other ranks run theirs (`together`); None passes empty rows."""
+        state: States | None = None
+        for time in range(max(self._length(r) for g in together for r in g.repos)):
+            length = max(s.labels.size for g in together for s in self._segments(g, time) if s is not None)
+            segments = [] if group is None else self._segments(group, time)
+            batch = collate(segments + [None] * (rows - len(segments)), length)
+            counted = time >= self._first
+            outputs = engine.forward(batch, state, Mode(write=self._with_memory))
+            if counted:
+                _add(sums, batch, "memory", outputs.row_losses)
+            if counted and self._with_memory:
+                _add(sums, batch, "ablated", engine.forward(batch, state, Mode(memory=False)).row_losses)
+                wrong = _swap(state, group, rows, engine.device)
+                _add(sums, batch, "wrong", engine.forward(batch, wrong, Mode(write=False)).row_losses)
+            state = outputs.state or None
+
+    def _segments(self, group: Group, time: int) -> list[Segment | None]:
+        return [self._reader.segment(r, time) if time < self._length(r) else None for r in group.repos]
+
+    def _summarise(self, parts: list[dict[int, dict[str, float]]]) -> Evaluation:
+        sums = {repo: values for part in parts for repo, values in part.items()}
+        modes = MODES if self._with_memory else MODES[:1]
+        repositories = [
+            RepositoryLosses(
+                self._reader.split.repo_names[repo], int(v["tokens"]), {m: v[m] / v["tokens"] for m in modes}
+            )
+            for repo, v in sorted(sums.items())
+        ]
+        losses = {mode: estimate([r.losses[mode] for r in repositories]) for mode in modes}
+        differences = {m: estimate([r.losses[m] - r.losses["memory"] for r in repositories]) for m in modes[1:]}
+        return Evaluation(repositories, losses, differences)
+
+
+def estimate(values: list[float]) -> Estimate:
+    """Mean and standard error of values by repository; the error of a single one is NaN."""
+    n = len(values)
+    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else float("nan")
+    return Estimate(float(np.mean(values)), error)
+
+
+def _donors(size: int, rng: np.random.Generator) -> Integers:
+    """A random cycle through the group, so that nobody gets its own."""
+    order, donors = rng.permutation(size), np.zeros(size, dtype=np.int64)
+    donors[order] = np.roll(order, 1)
+    return donors
+
+
+def _swap(state: States | None, group: Group | None, rows: int, device: torch.device) -> States | None:
+    if state is None:
+        return None
+    donors = np.arange(rows)
+    if group is not None:
+        donors[: len(group.repos)] = group.donors
+    return MemoryState(state).select(torch.from_numpy(donors).to(device)).layers
+
+
+def _add(sums: dict[int, dict[str, float]], batch: Batch, mode: str, row_losses: torch.Tensor) -> None:
+    targets = (batch.labels != IGNORED).sum(axis=1)
+    for repo, count, loss in zip(batch.repos, targets, row_losses.tolist(), strict=True):
+        if repo >= 0:
+            sums[int(repo)][mode] += loss
+            sums[int(repo)]["tokens"] += float(count) * (mode == "memory")

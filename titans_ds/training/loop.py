@@ -1,0 +1,221 @@
+"""The training loop: optimizer steps, metrics, evaluation, and the end of a run. It prints nothing; a Reporter does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from titans_ds.errors import TrainingError
+from titans_ds.training import ranks
+from titans_ds.training.build import gate_names, save_trained
+from titans_ds.training.engine import Engine, StepReport
+from titans_ds.training.evaluation import Evaluation, Evaluator
+from titans_ds.training.lanes import Lanes
+from titans_ds.training.metrics import MetricsWriter, gradient_norms, memory_stats, peak_host_bytes, peak_memory_bytes
+from titans_ds.training.optimizer import lr_at
+from titans_ds.training.run_folder import RunFolder
+from titans_ds.training.settings import TrainConfig
+from titans_ds.training.step import Carried, Passes, commit, run_passes
+
+
+class Reporter(Protocol):
+    """Shows a run to whoever started it; called on rank 0."""
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """After every optimizer step."""
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """After every evaluation."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the lanes' state_dict and Carried everything that a resumed run needs beside weights.
+
+    Args:
+        step: optimizer steps done (skipped ones included).
+        skipped: steps without an update, because a loss or gradient was not finite.
+        bad_in_a_row: steps in a row with a loss, gradient or state that was not finite.
+        tokens: target tokens seen.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the ranks found together after the passes of a step."""
+
+    loss: float
+    finite_loss: bool
+    finite_state: bool
+    stop: bool
+
+
+class Trainer:
+    """Runs a configuration on an engine.
+
+    Args:
+        config: of the run.
+        engine: runs the module; decides about ranks.
+        lanes: training data of this rank.
+        evaluator: None for a run without evaluation.
+        folder: of the run, on rank 0; None elsewhere.
+        reporter: shows progress, on rank 0; None elsewhere.
+        tokenizer: saved beside a trained base model.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        engine: Engine,
+        lanes: Lanes,
+        evaluator: Evaluator | None = None,
+        folder: RunFolder | None = None,
+        reporter: Reporter | None = None,
+        tokenizer: Any | None = None,
+    ) -> None:
+        self.config, self.engine, self.lanes, self.evaluator = config, engine, lanes, evaluator
+        self.folder, self.reporter, self.tokenizer = folder, reporter, tokenizer
+        self.progress, self.carried = Progress(), Carried()
+        self._gates = gate_names(engine.module)
+        self._metrics = MetricsWriter(folder.path, config.run.tensorboard) if folder else None
+        self._stop = False
+
+    def run(self) -> Evaluation | None:
+        """Train to the end, or to SIGTERM; save; evaluate. Returns the last evaluation.
+
+        Raises:
+            TrainingError: losses stayed non-finite for training.nonfinite_limit steps.
+        """
+        before = signal.signal(signal.SIGTERM, self._on_signal)
+        try:
+            return self._run()
+        except BaseException as error:
+            self._status("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            if self._metrics:
+                self._metrics.close()
+
+    def _run(self) -> Evaluation | None:
+        evaluation, stopped, steps = None, False, self.config.training.steps
+        while self.progress.step < steps and not stopped:
+            stopped = self._one_step()
+            due = self.progress.step == steps or self.progress.step % max(self.config.evaluation.interval, 1) == 0
+            if self.evaluator and due and not stopped:
+                evaluation = self._evaluate(self.evaluator)
+        self._save()
+        self._status("stopped" if stopped else "finished", evaluation=_summary(evaluation))
+        return evaluation
+
+    def _one_step(self) -> bool:
+        """One optimizer step; returns whether a rank was asked to stop."""
+        start, step, config = time.perf_counter(), self.progress.step, self.config
+        logging = (step + 1) % config.training.log_interval == 0 or step + 1 == config.training.steps
+        passes = run_passes(self.engine, self.lanes, self.carried, config.training, ranks.world_size(), stats=logging)
+        gates = self.engine.gradients(list(self._gates.values())) if logging else {}
+        norms = gradient_norms(gates)
+        verdict = self._agree(passes, commit(passes, self.carried))
+        lr = lr_at(step, config.training.steps, config.optimizer)
+        report = self.engine.step(lr, skip=not verdict.finite_loss)
+        self._count(passes, verdict, report)
+        if logging:
+            seconds = time.perf_counter() - start
+            self._log(passes, verdict, report, {"lr": lr, "seconds": seconds, **self._gate_gradients(norms)})
+        return verdict.stop
+
+    def _agree(self, passes: Passes, finite_state: bool) -> Verdict:
+        """The step's loss, and what any rank found wrong or was asked: one all-reduce."""
+        finite = bool(torch.isfinite(passes.loss_sum))
+        own = [float(passes.loss_sum) if finite else 0.0, float(not finite), float(not finite_state), float(self._stop)]
+        total = ranks.sum_over(torch.tensor(own, device=self.engine.device)).tolist()
+        loss = float("nan") if total[1] else total[0] / passes.targets
+        return Verdict(loss, total[1] == 0, total[2] == 0, total[3] > 0)
+
+    def _count(self, passes: Passes, verdict: Verdict, report: StepReport) -> None:
+        progress, limit = self.progress, self.config.training.nonfinite_limit
+        progress.step += 1
+        progress.tokens += passes.targets
+        progress.skipped += not report.applied
+        bad = not (report.applied and verdict.finite_loss and verdict.finite_state)
+        progress.bad_in_a_row = progress.bad_in_a_row + 1 if bad else 0
+        if progress.bad_in_a_row >= limit:
+            raise TrainingError(
+                f"the loss, a gradient or a memory state was not finite in {limit} steps in a row (last: step "
+                f"{progress.step}); the parameters of the last good step are kept in memory only. Lower optimizer.lr or "
+                "graft.memory.step_size, or raise training.nonfinite_limit"
+            )
+
+    def _gate_gradients(self, norms: dict[str, float]) -> dict[str, Any]:
+        if not self._gates:
+            return {}
+        by_layer = {layer: norms[name] for layer, name in self._gates.items()}
+        return {"gate_gradient": by_layer, "gate_gradient_norm": math.hypot(*by_layer.values())}
+
+    def _log(self, passes: Passes, verdict: Verdict, report: StepReport, values: dict[str, Any]) -> None:
+        stats = memory_stats(passes, self.engine.device)  # a collective: before rank 0 goes on alone
+        if not (self._metrics and self.folder):
+            return
+        values = {
+            "loss": verdict.loss,
+            "grad_norm": report.grad_norm,
+            **values,
+            **stats,
+            "targets": passes.targets,
+            "tokens_per_second": passes.targets / values["seconds"],
+            "tokens": self.progress.tokens,
+            "skipped_steps": self.progress.skipped,
+            "finite_state": verdict.finite_state,
+            "peak_memory_bytes": peak_memory_bytes(self.engine.device),
+            "peak_host_bytes": peak_host_bytes(),
+            "optimizer_state_bytes": self.engine.optimizer_state_bytes(),
+        }
+        self._metrics.write("train", self.progress.step, values)
+        self._status("running")
+        if self.reporter:
+            self.reporter.step(self.progress.step, values)
+
+    def _evaluate(self, evaluator: Evaluator) -> Evaluation:
+        evaluation, step = evaluator.run(self.engine), self.progress.step
+        if self._metrics and self.folder:
+            self._metrics.write("evaluation", step, _summary(evaluation) or {})
+            text = json.dumps(dataclasses.asdict(evaluation), indent=1) + "\n"
+            self.folder.write(f"evaluation/step_{step:07d}.json", text)
+            if self.reporter:
+                self.reporter.evaluation(step, evaluation)
+        return evaluation
+
+    def _save(self) -> None:
+        path = ranks.on_rank_zero(lambda: self.folder.path if self.folder else None)
+        if path is not None:
+            save_trained(self.engine, path, self.config, self.tokenizer, writes=self.folder is not None)
+
+    def _status(self, state: str, **details: Any) -> None:
+        if self.folder:
+            progress = dataclasses.asdict(self.progress)
+            self.folder.status(state, **progress, **details)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._stop = True  # acted on together, after this step
+
+
+def _summary(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    losses = {mode: dataclasses.asdict(e) for mode, e in evaluation.losses.items()}
+    differences = {mode: dataclasses.asdict(e) for mode, e in evaluation.differences.items()}
+    tokens = sum(r.tokens for r in evaluation.repositories)
+    counts = {"repositories": len(evaluation.repositories), "tokens": tokens}
+    return {"losses": losses, "minus_memory": differences, **counts}
