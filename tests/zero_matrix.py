@@ -33,7 +33,7 @@ from titans_ds.zero.config import complete_config
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
 
 LANES, SEGMENT, STEPS = 4, 16, 20
-OPTIMIZER = OptimizerSettings(lr=1e-2, clip=1.0)
+OPTIMIZER = OptimizerSettings(lr=2e-3, eps=1e-6, clip=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Case:
     def name(self) -> str:
         """For messages."""
         return "-".join(f"{k}={v}" for k, v in dataclasses.asdict(self).items())
+
+    @property
+    def steps(self) -> int:
+        """The path of losses is followed where nothing but the stage and the order differ."""
+        return STEPS if self == Case(self.stage, self.order) else 2
 
     @property
     def settings(self) -> TrainingSettings:
@@ -89,7 +94,7 @@ def make_module(case: Case) -> TrainingModule:
         output_projection="learned",
         learn_initial_weights=True,
     )
-    base = tiny_base("qwen3_5")
+    base = tiny_base("qwen3_5", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
     torch.manual_seed(1)
     model = titans_ds.attach(base, GraftConfig(segment_tokens=SEGMENT, memory=memory), case.trainable == "memory")
     if case.checkpointing:
@@ -107,7 +112,7 @@ def run(engine: Engine, lanes: Lanes, case: Case, world_size: int) -> dict[str, 
     """First step's loss and gradients, and the loss of every step."""
     names = [n for n, p in engine.module.named_parameters() if p.requires_grad]
     carried, losses, gradients = Carried(), [], {}
-    for step in range(STEPS if case.dtype == "float32" else 3):
+    for step in range(case.steps):
         passes = run_passes(engine, lanes, carried, case.settings, world_size)
         loss = passes.loss_sum if world_size == 1 else sum_over(passes.loss_sum)
         losses.append(float(loss) / passes.targets)
@@ -137,7 +142,7 @@ def compare(case: Case, reference: dict[str, Any], ours: dict[str, Any]) -> dict
         "worst_gradient": max(errors.items(), key=lambda item: item[1]) if errors else None,
         "num_gradients": len(errors),
         "first_loss": abs(ours["losses"][0] - reference["losses"][0]),
-        "loss_path": max(abs(a - b) for a, b in zip(ours["losses"], reference["losses"], strict=True)),
+        "loss_path": max(abs(a - b) for a, b in zip(ours["losses"], reference["losses"], strict=False)),
         "fell": reference["losses"][0] - reference["losses"][-1],
         "state_share": ours["state_bytes"] / reference["state_bytes"],
     }

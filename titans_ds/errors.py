@@ -29,3 +29,7 @@ class DataError(TitansError):
 
 class StateError(TitansError):
     """A memory state does not fit the model or the batch it is used with."""
+
+
+class TrainingError(TitansError):
+    """A run can't go on: its losses are not finite, or it can't be saved."""
