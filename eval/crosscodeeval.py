@@ -46,9 +46,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands.add_parser("run", help="generate completions and target likelihoods"))
     _add_score(commands.add_parser("score", help="score any predictions file"))
     _add_compare(commands.add_parser("compare", help="paired statistics between two run folders"))
     return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    from .modes import available_modes
+    from .run_command import add_run_arguments, run_command
+
+    add_run_arguments(parser, available_modes())
+    _add_scoring_rules(parser)
+    parser.set_defaults(command=run_command)
 
 
 def _add_scoring_rules(parser: argparse.ArgumentParser) -> None:

@@ -16,8 +16,8 @@ from .errors import EvalError
 
 ES_BACKENDS = ("difflib", "levenshtein")
 
-_STRING = re.compile(r""""([^"\\]*(\\.[^"\\]*)*)"|'([^'\\]*(\\.[^'\\]*)*)'""")
-_WORD = re.compile(r"\w+")
+STRING = re.compile(r""""([^"\\]*(\\.[^"\\]*)*)"|'([^'\\]*(\\.[^'\\]*)*)'""")
+WORD = re.compile(r"\w+")
 _IDENTIFIER = re.compile(r"[_a-zA-Z][_a-zA-Z0-9]*")
 
 
@@ -75,8 +75,13 @@ def edit_similarity(prediction: str, target: str, backend: str) -> int:
 
 def identifiers(code: str, language: str) -> list[str]:
     """Return the identifiers of `code` in order: words outside strings that begin like a name and are no keyword."""
-    words = _WORD.findall(_STRING.sub("", code))
-    return [word for word in words if _IDENTIFIER.match(word) and word not in grammars.keywords(language)]
+    words = WORD.findall(STRING.sub("", code))
+    return [word for word in words if is_identifier(word, language)]
+
+
+def is_identifier(word: str, language: str) -> bool:
+    """Return whether a word begins like a name and is no keyword."""
+    return bool(_IDENTIFIER.match(word)) and word not in grammars.keywords(language)
 
 
 def identifier_overlap(predicted: list[str], expected: list[str]) -> tuple[float, float, float]:

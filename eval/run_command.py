@@ -1,0 +1,105 @@
+"""The command line of `run`: arguments to options, a progress bar, and the report at the end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .benchmark import SUBSETS
+from .options import STOPS, RunOptions
+from .retrieval import METHODS
+from .runner import plan_run, run
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, modes: Mapping[str, str]) -> None:
+    """Add every option of `run`; modes are listed after the help."""
+    listed = "\n".join(f"  {name:24} {description}" for name, description in modes.items())
+    parser.epilog = f"modes:\n{listed}"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--base", required=True, help="base model: folder or hub id")
+    add("--adapter", help="adapter folder; not needed for vanilla modes")
+    add("--data", required=True, help="CrossCodeEval jsonl file")
+    add("--modes", required=True, help="comma-separated, see below")
+    add("--out", type=Path, required=True, help="run folder")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--boundary", default="heal", help="heal (default), plain or both: how the prompt's last token is treated")
+    add("--language", help="where the file names in the data do not tell")
+    _add_subset(parser)
+    _add_lengths(parser)
+    _add_generation(parser)
+    _add_retrieval(parser)
+    _add_machine(parser)
+
+
+def _add_subset(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rows")
+    group.add_argument("--limit", type=int, help="evaluate this many rows")
+    group.add_argument("--subset", choices=SUBSETS, default="first", help="which: the first, or random ones by --seed")
+    group.add_argument("--seed", type=int, default=0, help="of random subsets, sampling and memory_wrong")
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("lengths in tokens")
+    group.add_argument("--max-length", type=int, default=2048, help="whole input and new tokens; cut on the left")
+    group.add_argument("--context-tokens", type=int, default=512, help="context before the prompt; cut on the right")
+    group.add_argument("--right-tokens", type=int, default=512, help="right context in fill-in-the-middle")
+    group.add_argument("--max-new-tokens", type=int, default=50)
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("generation")
+    group.add_argument("--batch-size", type=int, default=8, help="rows decoded together; changes no result in float32")
+    group.add_argument("--stop", choices=STOPS, default="statement", help="end a row where scoring no longer changes")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    group.add_argument("--top-p", type=float, default=1.0)
+
+
+def _add_retrieval(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("retrieval")
+    group.add_argument("--retrieval", choices=METHODS, default="given", help="context as in the file, or rebuilt")
+    group.add_argument("--num-chunks", type=int, help="chunks to keep where it is rebuilt")
+    group.add_argument("--embedder", help="encoder folder for --retrieval embedding")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    group.add_argument("--no-report", action="store_true", help="generate only")
+
+
+def run_command(options: argparse.Namespace) -> None:
+    """Run, then write scores, comparison and report into the run folder."""
+    settings = RunOptions(**{field.name: getattr(options, field.name) for field in fields(RunOptions)})
+    plan = plan_run(settings, options.out, options.resume)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    with bar:
+        tasks = {mode.name: bar.add_task(mode.name, start=False, total=None, rate="") for mode in plan.modes}
+
+        def show(mode: str, made: int, total: int) -> None:
+            bar.start_task(tasks[mode])
+            elapsed = bar.tasks[tasks[mode]].elapsed or 0
+            rate = f"{made / elapsed:.2f}/s" if elapsed else ""
+            bar.update(tasks[mode], completed=made, total=total, rate=rate)
+
+        counts = run(plan, show)
+    print(f"{counts['generated']} completions in {options.out}; {counts}")
+    if not options.no_report:
+        from .report_command import write_report
+
+        write_report(options.out, options.postprocess, options.es_backend)
