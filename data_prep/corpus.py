@@ -76,8 +76,7 @@ def build(
         records = _assemble(plan, dropped, num_workers, report)
         chosen = choose_repositories(records, settings.max_repos, settings.seed)
         report.left("max_repos", sum(record["files"] for record in chosen), len(chosen))
-        with report.timed("publish"):
-            manifest = write_corpus(plan, chosen, out, vars(report), command)
+        manifest = write_corpus(plan, chosen, out, vars(report), command)
     shutil.rmtree(plan.folder)
     return manifest, False
 
