@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def _check_options(arguments: Sequence[str], known: list[str]) -> None:
 
 def _config_files(arguments: Sequence[str]) -> list[str]:
     inline = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
-    return inline + [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
+    return inline + [b for a, b in itertools.pairwise(arguments) if a == "--config"]
 
 
 def _check_file(path: str, known: list[str]) -> None:
@@ -114,15 +114,21 @@ def _keys_of(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def _check_key(key: str, known: list[str], where: str) -> None:
     if key in known or key.startswith(tuple(f"{name}." for name in _FREE_FORM)):
         return
-    near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-        key.rsplit(".", 1)[-1], {name.rsplit(".", 1)[-1]: name for name in known}, n=1
-    )
-    hint = f"did you mean {near[0]}?" if near else "launch/train.py --help lists all"
+    near = _nearest(key, known)
+    hint = f"did you mean {near}?" if near else "launch/train.py --help lists all"
     raise ConfigError(f"{where}{key} is unknown; {hint}")
 
 
+def _nearest(key: str, known: list[str]) -> str | None:
+    """A setting of that very name in another section, or else the one spelt most like it."""
+    by_name = {name.rsplit(".", 1)[-1]: name for name in known}
+    last = key.rsplit(".", 1)[-1]
+    whole, part = difflib.get_close_matches(key, known, n=1), difflib.get_close_matches(last, by_name, n=1)
+    return by_name.get(last) or next(iter(whole), None) or (by_name[part[0]] if part else None)
+
+
 def _one_line(message: str) -> str:
-    """jsonargparse explains a value that fits nothing over many lines; keep the key, what was expected, and what came."""
+    """jsonargparse explains a value that fits nothing over many lines; keep the key, what was expected, what came."""
     keys = re.findall(r'Parser key "([^"]+)"', message)
     expected = re.search(r"Expected an? (.+?)\. Got value: ([^\n]+)", message)
     if keys and expected:
@@ -130,8 +136,3 @@ def _one_line(message: str) -> str:
         prefix = [k for k in keys if k != keys[-1]][:1] if len(keys) > 1 and not keys[-1].startswith(keys[0]) else []
         return f"{'.'.join([*prefix, keys[-1]])} is {expected.group(2).strip()}; expected {name}"
     return re.sub(r"\s+", " ", message).strip()
-
-
-def command_line() -> tuple[TrainConfig, str]:
-    """`parse` of this process's arguments."""
-    return parse(sys.argv[1:])

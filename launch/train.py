@@ -2,7 +2,8 @@
 
     deepspeed [--num_accelerators N] launch/train.py --config launch/configs/quickstart.yaml [--section.key value …]
 
-The same under torchrun, or as plain `python launch/train.py …` for one process. Settings: titans_ds/training/settings.py.
+The same under torchrun, or as plain `python launch/train.py …` for one process. titans_ds/training/settings.py has the
+settings.
 """
 
 from __future__ import annotations
@@ -10,22 +11,25 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, only this file's own folder is on the path
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # run as a script, only this file's own folder is on the path
 
 import torch
+import transformers
 from rich.console import Console
 
-from launch.arguments import command_line
+from launch.arguments import parse
 from launch.corpus import packed_corpus
 from launch.show import TerminalReporter, print_comparison
 from titans_ds.errors import ConfigError, TitansError
 from titans_ds.training import build, ranks
 from titans_ds.training.engine import Engine, TorchEngine
-from titans_ds.training.evaluation import Evaluation, Evaluator
+from titans_ds.training.evaluation import Evaluator
 from titans_ds.training.lanes import Lanes, check_divisible
 from titans_ds.training.loop import Trainer
 from titans_ds.training.metrics import peak_host_bytes
@@ -38,11 +42,15 @@ from titans_ds.zero.config import complete_config, read_config
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
 from titans_ds.zero.loading import partitioned_loading
 
+ROOT = Path(__file__).resolve().parent.parent
+STOPPED = 143  # 128 + SIGTERM, as a shell reports it
 
-def main() -> int:
-    """Run the program; returns its exit code."""
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code: 0, 2 for an error that the user can mend, 143 after SIGTERM."""
+    transformers.utils.logging.set_verbosity_error()
     try:
-        config, text = command_line()
+        config, text = parse(sys.argv[1:] if argv is None else argv)
         return train(config, text)
     except TitansError as error:
         if ranks.rank() == 0:
@@ -64,9 +72,9 @@ def train(config: TrainConfig, text: str) -> int:
     evaluator = make_evaluator(config, held_out)
     engine = make_engine(config, settings, corpus, device)
     folder = make_folder(config, text)
-    evaluation = run(config, engine, lanes, evaluator, folder, tokenizer)
+    stopped = run(config, engine, lanes, evaluator, folder, tokenizer)
     stop_ranks()
-    return 0 if evaluation is not None or not evaluator else 3
+    return STOPPED if stopped else 0
 
 
 def read_deepspeed(config: TrainConfig) -> dict[str, Any] | None:
@@ -142,19 +150,19 @@ def run(
     evaluator: Evaluator | None,
     folder: RunFolder | None,
     tokenizer: Any,
-) -> Evaluation | None:
-    """The loop, with a progress bar on rank 0, and the comparison at its end."""
+) -> bool:
+    """The loop, with a progress bar on rank 0, and the comparison at its end. Returns whether it was stopped early."""
     hosts = ranks.gather(peak_host_bytes())
     if folder is None:
-        return Trainer(config, engine, lanes, evaluator).run()
+        return Trainer(config, engine, lanes, evaluator).run().stopped
     console = Console()
     describe(console, engine, hosts)
     with TerminalReporter(config.training.steps) as reporter:
-        evaluation = Trainer(config, engine, lanes, evaluator, folder, reporter, tokenizer).run()
-    if evaluation is not None:
-        print_comparison(console, evaluation)
+        outcome = Trainer(config, engine, lanes, evaluator, folder, reporter, tokenizer).run()
+    if outcome.evaluation is not None:
+        print_comparison(console, outcome.evaluation)
     console.print(f"run folder: {folder.path}", highlight=False)
-    return evaluation
+    return outcome.stopped
 
 
 def describe(console: Console, engine: Engine, hosts: list[int]) -> None:

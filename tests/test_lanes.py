@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_every_token_but_a_files_first_is_a_target_once(lengths: list[list[int]]
     split = corpus_of(lengths)
     lanes, targets = lanes_of(split, segment, num_lanes=1), Counter()
     files = [split.file(i).tolist() for i in range(len(split.file_length))]
-    before = {b: a for file in files for a, b in zip(file, file[1:], strict=False)}
+    before = {b: a for file in files for a, b in itertools.pairwise(file)}
     for _ in range(sum(-(-max(len(file) - 1, 0) // segment) for file in files)):
         batch = lanes.next().batch
         kept = batch.mask[0]
@@ -158,7 +159,7 @@ def test_lanes_that_ranks_cannot_share_are_refused() -> None:
 def test_another_number_of_lanes_is_refused_at_resume() -> None:
     """A position belongs to its number of lanes."""
     split = corpus_of([[4], [5]])
-    with pytest.raises(ConfigError, match="the checkpoint has 2 lanes, data.num_lanes is 3"):
+    with pytest.raises(ConfigError, match=r"the checkpoint has 2 lanes, data.num_lanes is 3"):
         lanes_of(split, 8, num_lanes=3).load_state_dict(lanes_of(split, 8, num_lanes=2).state_dict())
 
 

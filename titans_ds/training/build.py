@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from titans_ds.config import GraftConfig
 from titans_ds.errors import ConfigError, TitansError
+from titans_ds.graft import lora
 from titans_ds.graft.titans_model import TitansModel
 from titans_ds.training.engine import Engine
 from titans_ds.training.module import PlainModel, TrainingModule
@@ -74,20 +74,23 @@ def make_module(base: nn.Module, config: TrainConfig) -> TrainingModule:
     """
     train_base = config.model.trainable == "all"
     torch.manual_seed(config.training.seed)
-    model = _graft(base, config.graft, train_base)
+    model = _graft(base, config, train_base)
     if config.training.checkpointing:
         enable_checkpointing(base)
     return TrainingModule(model, config.training.loss_chunk_tokens).train()
 
 
-def _graft(base: nn.Module, graft: GraftConfig | None, train_base: bool) -> TitansModel | PlainModel:
+def _graft(base: nn.Module, config: TrainConfig, train_base: bool) -> TitansModel | PlainModel:
     base.requires_grad_(train_base)
-    if graft is None:
+    if config.graft is None:
         return PlainModel(base)
-    model = TitansModel(base, graft, freeze_base=not train_base)
     dtype = next(base.parameters()).dtype
+    model = TitansModel(base, config.graft, freeze_base=not train_base, lora=config.lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not train_base:
+            parameter.data = parameter.data.to(dtype)  # as DeepSpeed casts the module; optimizer state stays fp32
     for memory in model.memories.values():
-        memory.to(dtype)  # as DeepSpeed casts the whole module; fast weights and optimizer stay fp32
+        memory.to(dtype)
     return model
 
 
@@ -141,6 +144,7 @@ def save_trained(engine: Engine, folder: Path, config: TrainConfig, tokenizer: A
     if isinstance(model, TitansModel):
         names = {id(p): n for n, p in engine.module.named_parameters()}
         adapter = {own: names[id(p)] for own, p in model.titans_parameters()}
+        adapter |= {own: names[id(p)] for own, p in lora.parameters(model.base_model)}
         whole = engine.parameters(list(adapter.values()))
         if writes:
             model.save_pretrained(folder / "adapter", {own: whole[name] for own, name in adapter.items()})

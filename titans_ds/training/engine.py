@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from titans_ds.training.module import Mode, Outputs, States, TrainingModule, call
-from titans_ds.training.optimizer import SkippableAdamW
-from titans_ds.training.segments import Batch
+from titans_ds.training.module import TrainingModule
+from titans_ds.zero.adamw import SkippableAdamW
 
 
 class Engine(Protocol):
     """Runs a TrainingModule. All methods are collectives: every rank calls them in the same order."""
 
-    module: TrainingModule
-    device: torch.device
+    @property
+    def module(self) -> TrainingModule:
+        """What it runs."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
 
     def set_training(self, training: bool) -> None:
         """Training mode or evaluation mode."""
 
-    def forward(self, batch: Batch, state: States | None, mode: Mode) -> Outputs:
-        """One segment per row of this rank's lanes."""
+    def __call__(self, *inputs: Any) -> Any:
+        """The module's forward; see titans_ds.training.module.run_segment."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a loss, scaled so that the mean over ranks is the gradient; `last` of an optimizer step."""
+        """Add the gradients of a loss, scaled so that the mean over ranks is the gradient; `last` in a step."""
 
     def gradients(self, names: list[str]) -> dict[str, Tensor | None]:
         """Whole gradients, averaged over ranks, after the last backward and before the step."""
 
-    def step(self, lr: float, skip: bool) -> StepReport:
-        """Clip, update (unless `skip`, or a gradient is not finite) and clear the gradients."""
+    def step(self, lr: float, skip: bool) -> tuple[float, bool]:
+        """Clip, update (unless `skip`, or a gradient is not finite on any rank) and clear the gradients.
+
+        Returns:
+            the gradient's global norm before clipping; whether parameters changed.
+        """
 
     def parameters(self, names: list[str]) -> dict[str, Tensor]:
         """Whole parameters on the CPU, on rank 0; empty on the others."""
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """How an optimizer step went: the gradient's global norm before clipping, and whether parameters changed."""
-
-    grad_norm: float
-    applied: bool
 
 
 class TorchEngine:
@@ -62,10 +61,21 @@ class TorchEngine:
     """
 
     def __init__(self, module: TrainingModule, optimizer: SkippableAdamW, clip: float, device: torch.device) -> None:
-        self.module, self.optimizer, self.clip, self.device = module, optimizer, clip, device
+        self.optimizer, self.clip = optimizer, clip
+        self._module, self._device = module, device
         self._masters: list[tuple[nn.Parameter, nn.Parameter]] = []
         for group in optimizer.param_groups:
             group["params"] = [self._master(p) for p in group["params"]]
+
+    @property
+    def module(self) -> TrainingModule:
+        """What it runs."""
+        return self._module
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self._device
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
         if parameter.dtype not in (torch.bfloat16, torch.float16):
@@ -78,9 +88,9 @@ class TorchEngine:
         """Training mode or evaluation mode."""
         self.module.train(training)
 
-    def forward(self, batch: Batch, state: States | None, mode: Mode) -> Outputs:
-        """One segment per row."""
-        return call(self.module, batch, state, mode, self.device)
+    def __call__(self, *inputs: Any) -> Any:
+        """The module's forward."""
+        return self.module(*inputs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of a loss."""
@@ -90,20 +100,19 @@ class TorchEngine:
         """Gradients by parameter name."""
         return {name: self.module.get_parameter(name).grad for name in names}
 
-    def step(self, lr: float, skip: bool) -> StepReport:
+    def step(self, lr: float, skip: bool) -> tuple[float, bool]:
         """Clip, update and clear the gradients."""
         for parameter, master in self._masters:
             master.grad = None if parameter.grad is None else parameter.grad.float()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = float(nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")))
-        set_lr(self.optimizer, lr)
-        self.optimizer.skip, self.optimizer.applied = skip, False
+        self.optimizer.prepare(lr, skip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.module.zero_grad()
         for parameter, master in self._masters:
             parameter.data.copy_(master.data)
-        return StepReport(norm, self.optimizer.applied)
+        return norm, self.optimizer.applied
 
     def parameters(self, names: list[str]) -> dict[str, Tensor]:
         """Parameters on the CPU, in the precision of the optimizer."""
@@ -113,20 +122,4 @@ class TorchEngine:
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state."""
-        return state_bytes(self.optimizer)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The same learning rate for every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state tensors."""
-    states = optimizer.state.values()
-    return sum(v.numel() * v.element_size() for state in states for v in state.values() if _is_moment(v))
-
-
-def _is_moment(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0  # the step count is a scalar
+        return self.optimizer.state_bytes()

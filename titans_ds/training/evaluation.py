@@ -19,7 +19,7 @@ from titans_ds.errors import DataError
 from titans_ds.memory import MemoryState
 from titans_ds.training import ranks
 from titans_ds.training.engine import Engine
-from titans_ds.training.module import Mode, States
+from titans_ds.training.module import Mode, States, run_segment
 from titans_ds.training.packed import Integers
 from titans_ds.training.segments import IGNORED, Batch, RepositoryReader, Segment, collate
 from titans_ds.training.settings import EvaluationSettings
@@ -84,8 +84,8 @@ class Evaluator:
         if len(eligible) < 1 + self._first:
             raise DataError(
                 f"split {self._reader.split.name!r} has {len(eligible)} repositories of two segments or more "
-                f"(of {self._reader.segment_tokens} tokens); evaluation needs two. Add repositories, make segments shorter, "
-                "or set evaluation.interval to 0"
+                f"(of {self._reader.segment_tokens} tokens); evaluation needs two. Add repositories, make segments "
+                "shorter, or set evaluation.interval to 0"
             )
         chosen = sorted(rng.permutation(eligible)[: self._settings.repositories], key=lambda r: (self._length(r), r))
         number = max(len(chosen) // self._settings.group_size, 1)
@@ -123,13 +123,13 @@ class Evaluator:
             segments = [] if group is None else self._segments(group, time)
             batch = collate(segments + [None] * (rows - len(segments)), length)
             counted = time >= self._first
-            outputs = engine.forward(batch, state, Mode(write=self._with_memory))
+            outputs = run_segment(engine, batch, state, Mode(write=self._with_memory))
             if counted:
                 _add(sums, batch, "memory", outputs.row_losses)
             if counted and self._with_memory:
-                _add(sums, batch, "ablated", engine.forward(batch, state, Mode(memory=False)).row_losses)
+                _add(sums, batch, "ablated", run_segment(engine, batch, state, Mode(memory=False)).row_losses)
                 wrong = _swap(state, group, rows, engine.device)
-                _add(sums, batch, "wrong", engine.forward(batch, wrong, Mode(write=False)).row_losses)
+                _add(sums, batch, "wrong", run_segment(engine, batch, wrong, Mode(write=False)).row_losses)
             state = outputs.state or None
 
     def _segments(self, group: Group, time: int) -> list[Segment | None]:

@@ -93,7 +93,7 @@ class FileLane:
 
 
 class PackedLane:
-    """Layout `repository`: full segments over repository after repository; position = (visit, token of its document)."""
+    """Layout `repository`: full segments across repositories; position = (visit, token in its document)."""
 
     def __init__(self, reader: RepositoryReader, visits: Visits, number: int, num_lanes: int) -> None:
         self._reader, self._visits, self._stride = reader, visits, num_lanes
@@ -177,8 +177,8 @@ def check_divisible(num_lanes: int, world_size: int) -> None:
     if num_lanes % world_size:
         near = max(num_lanes // world_size, 1) * world_size
         raise ConfigError(
-            f"data.num_lanes is {num_lanes}, which {world_size} ranks can't share evenly; use a multiple of {world_size}, "
-            f"such as {near} or {near + world_size}"
+            f"data.num_lanes is {num_lanes}, which {world_size} ranks can't share evenly; use a multiple of "
+            f"{world_size}, such as {near} or {near + world_size}"
         )
 
 

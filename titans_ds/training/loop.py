@@ -15,7 +15,7 @@ import torch
 from titans_ds.errors import TrainingError
 from titans_ds.training import ranks
 from titans_ds.training.build import gate_names, save_trained
-from titans_ds.training.engine import Engine, StepReport
+from titans_ds.training.engine import Engine
 from titans_ds.training.evaluation import Evaluation, Evaluator
 from titans_ds.training.lanes import Lanes
 from titans_ds.training.metrics import MetricsWriter, gradient_norms, memory_stats, peak_host_bytes, peak_memory_bytes
@@ -62,6 +62,14 @@ class Verdict:
     stop: bool
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its last evaluation, and whether SIGTERM stopped it early."""
+
+    evaluation: Evaluation | None
+    stopped: bool
+
+
 class Trainer:
     """Runs a configuration on an engine.
 
@@ -92,8 +100,8 @@ class Trainer:
         self._metrics = MetricsWriter(folder.path, config.run.tensorboard) if folder else None
         self._stop = False
 
-    def run(self) -> Evaluation | None:
-        """Train to the end, or to SIGTERM; save; evaluate. Returns the last evaluation.
+    def run(self) -> Outcome:
+        """Train to the end, or to SIGTERM; evaluate at intervals; save.
 
         Raises:
             TrainingError: losses stayed non-finite for training.nonfinite_limit steps.
@@ -109,7 +117,7 @@ class Trainer:
             if self._metrics:
                 self._metrics.close()
 
-    def _run(self) -> Evaluation | None:
+    def _run(self) -> Outcome:
         evaluation, stopped, steps = None, False, self.config.training.steps
         while self.progress.step < steps and not stopped:
             stopped = self._one_step()
@@ -118,7 +126,7 @@ class Trainer:
                 evaluation = self._evaluate(self.evaluator)
         self._save()
         self._status("stopped" if stopped else "finished", evaluation=_summary(evaluation))
-        return evaluation
+        return Outcome(evaluation, stopped)
 
     def _one_step(self) -> bool:
         """One optimizer step; returns whether a rank was asked to stop."""
@@ -129,11 +137,13 @@ class Trainer:
         norms = gradient_norms(gates)
         verdict = self._agree(passes, commit(passes, self.carried))
         lr = lr_at(step, config.training.steps, config.optimizer)
-        report = self.engine.step(lr, skip=not verdict.finite_loss)
-        self._count(passes, verdict, report)
+        grad_norm, applied = self.engine.step(lr, skip=not verdict.finite_loss)
+        self._count(passes, verdict, applied)
         if logging:
             seconds = time.perf_counter() - start
-            self._log(passes, verdict, report, {"lr": lr, "seconds": seconds, **self._gate_gradients(norms)})
+            self._log(
+                passes, verdict, {"grad_norm": grad_norm, "lr": lr, "seconds": seconds, **self._gate_gradients(norms)}
+            )
         return verdict.stop
 
     def _agree(self, passes: Passes, finite_state: bool) -> Verdict:
@@ -144,18 +154,17 @@ class Trainer:
         loss = float("nan") if total[1] else total[0] / passes.targets
         return Verdict(loss, total[1] == 0, total[2] == 0, total[3] > 0)
 
-    def _count(self, passes: Passes, verdict: Verdict, report: StepReport) -> None:
+    def _count(self, passes: Passes, verdict: Verdict, applied: bool) -> None:
         progress, limit = self.progress, self.config.training.nonfinite_limit
         progress.step += 1
         progress.tokens += passes.targets
-        progress.skipped += not report.applied
-        bad = not (report.applied and verdict.finite_loss and verdict.finite_state)
+        progress.skipped += not applied
+        bad = not (applied and verdict.finite_loss and verdict.finite_state)
         progress.bad_in_a_row = progress.bad_in_a_row + 1 if bad else 0
         if progress.bad_in_a_row >= limit:
             raise TrainingError(
                 f"the loss, a gradient or a memory state was not finite in {limit} steps in a row (last: step "
-                f"{progress.step}); the parameters of the last good step are kept in memory only. Lower optimizer.lr or "
-                "graft.memory.step_size, or raise training.nonfinite_limit"
+                f"{progress.step}). Lower optimizer.lr or graft.memory.step_size, or raise training.nonfinite_limit"
             )
 
     def _gate_gradients(self, norms: dict[str, float]) -> dict[str, Any]:
@@ -164,13 +173,12 @@ class Trainer:
         by_layer = {layer: norms[name] for layer, name in self._gates.items()}
         return {"gate_gradient": by_layer, "gate_gradient_norm": math.hypot(*by_layer.values())}
 
-    def _log(self, passes: Passes, verdict: Verdict, report: StepReport, values: dict[str, Any]) -> None:
+    def _log(self, passes: Passes, verdict: Verdict, values: dict[str, Any]) -> None:
         stats = memory_stats(passes, self.engine.device)  # a collective: before rank 0 goes on alone
         if not (self._metrics and self.folder):
             return
         values = {
             "loss": verdict.loss,
-            "grad_norm": report.grad_norm,
             **values,
             **stats,
             "targets": passes.targets,

@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary, chunk by chunk: no [B, T, V] tensor ever exists.
 
 Each chunk's logits are made, used and dropped; backward makes them again (non-reentrant checkpointing). The number of
-chunks depends on shapes alone, so every rank makes the same number of passes through the language-model head, as ZeRO-3 needs.
+chunks depends on shapes alone, so every rank makes as many passes through the language-model head; ZeRO-3 needs that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def token_losses(
         chunk_tokens: tokens whose logits exist at a time.
     """
     hidden, labels = hidden_BTH.flatten(0, 1), labels_BT.flatten()
-    chunks = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    chunks = zip(torch.split(hidden, chunk_tokens), torch.split(labels, chunk_tokens), strict=True)
     losses = [_chunk(logits, h, l) for h, l in chunks]  # noqa: E741
     return torch.cat(losses).view(labels_BT.shape)
 

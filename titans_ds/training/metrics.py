@@ -59,7 +59,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
 
 
 def memory_stats(passes: Passes, device: torch.device) -> dict[str, dict[str, float]]:
-    """Gate of every layer, and the mean inner losses and write norm of every layer over all rows written, on all ranks."""
+    """Gate of every layer; mean inner losses and write norm of every layer over the rows written on all ranks."""
     if not passes.stats:
         return {}
     layers = sorted(passes.stats[0])

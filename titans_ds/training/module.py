@@ -124,13 +124,24 @@ class TrainingModule(nn.Module):
         return row_losses.sum(), row_losses, output.state, output.stats
 
 
-def call(module: nn.Module, batch: Batch, state: States | None, mode: Mode, device: torch.device) -> Outputs:
-    """Run a TrainingModule (or an engine around it) on a batch of lanes."""
+class Runner(Protocol):
+    """An engine around a TrainingModule: its forward, and where inputs go."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The module's forward."""
+
+
+def run_segment(engine: Runner, batch: Batch, state: States | None, mode: Mode) -> Outputs:
+    """Run an engine's TrainingModule on one segment of every lane."""
     arrays = (batch.input_ids, batch.labels, batch.mask, batch.reset)
-    tensors = [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
+    tensors = [torch.from_numpy(array).to(engine.device, non_blocking=True) for array in arrays]
     given = None if not state else {index: dict(layer) for index, layer in state.items()}  # ZeRO-3 rewrites dicts
     flags = (mode.memory, mode.write and mode.memory, mode.graph, mode.stats and mode.memory)
-    return Outputs(*module(*tensors, given, flags))
+    return Outputs(*engine(*tensors, given, flags))
 
 
 def detach(state: States) -> States:

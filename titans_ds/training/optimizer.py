@@ -1,36 +1,13 @@
-"""AdamW with linear warm-up and cosine decay, and a step that ranks can agree to skip."""
+"""AdamW over the right groups, with linear warm-up and cosine decay."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from titans_ds.training.settings import OptimizerSettings
-
-
-class SkippableAdamW(torch.optim.AdamW):
-    """AdamW whose step does nothing while `skip` is set.
-
-    DeepSpeed's engines call the step in the middle of their own; skipping here lets them clear their buffers as usual,
-    at every ZeRO stage, while parameters and moments stay as they were.
-    """
-
-    skip: bool = False
-    applied: bool = False
-    agree: Callable[[Tensor], Tensor] = staticmethod(lambda flag: flag)
-
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step; none where `skip` is set, or where any rank (through `agree`) has a gradient that is not finite."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        finite = torch.stack([torch.isfinite(g).all() for g in gradients]).all() if gradients else torch.ones(())
-        if bool(self.agree(~finite)) or self.skip:
-            return None
-        self.applied = True
-        return super().step(closure)
+from titans_ds.zero.adamw import SkippableAdamW
 
 
 def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> SkippableAdamW:

@@ -81,8 +81,8 @@ class PackedCorpus:
         """Raise DataError where the corpus has tokens that the model has no embedding for."""
         if self.vocab_size > model_vocab_size:
             raise DataError(
-                f"{self.path} was packed with a vocabulary of {self.vocab_size} tokens ({self.meta['tokenizer']}), but the "
-                f"model has {model_vocab_size}; pack it with the model's own tokenizer"
+                f"{self.path} was packed with a vocabulary of {self.vocab_size} tokens ({self.meta['tokenizer']}), "
+                f"but the model has {model_vocab_size}; pack it with the model's own tokenizer"
             )
 
 
@@ -148,5 +148,5 @@ def _check_repos(folder: Path, split: PackedSplit, min_repos: int) -> None:
     if split.num_repos < min_repos:
         raise DataError(
             f"split {split.name!r} of {folder} has {split.num_repos} repository; the wrong-memory control needs "
-            f"{min_repos} or more, since it primes on another repository. Add repositories, or set evaluation.interval to 0"
+            f"{min_repos} or more, since it primes on another repository. Add some, or set evaluation.interval 0"
         )

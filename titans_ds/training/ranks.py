@@ -1,4 +1,4 @@
-"""What ranks decide together. Every function is a collective: all ranks call it, or none. Without ranks they are free."""
+"""What ranks decide together. Every function is a collective: all ranks call it, or none. On one rank they are free."""
 
 from __future__ import annotations
 

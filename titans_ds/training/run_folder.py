@@ -20,8 +20,8 @@ _PACKAGES = ("titans-ds", "torch", "transformers", "deepspeed", "safetensors", "
 _README = """# A run of titans-ds
 
 `config.yaml` is the whole configuration; `launch/train.py --config config.yaml --run.dir NEW` runs it again.
-`status.json` says how the run stands, `versions.json` what it ran on. `metrics.jsonl` has one line per logged step and per
-evaluation (losses in nats a token); `tensorboard/` the same as curves. `evaluation/` has the losses by repository.
+`status.json` says how the run stands, `versions.json` what it ran on. `metrics.jsonl` has one line per logged step and
+per evaluation (losses in nats a token); `tensorboard/` the same as curves. `evaluation/` has the losses by repository.
 `adapter/` is the trained memory: `titans_ds.TitansModel.from_pretrained(BASE, "adapter")`. `model/` is there where the
 base model was trained, too.
 """
@@ -74,7 +74,7 @@ class RunFolder:
 
 def versions() -> dict[str, Any]:
     """Versions of packages, the code's git commit, and the machine."""
-    found = {}
+    found: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -1,7 +1,7 @@
 """Repositories cut into segments: what one forward pass sees of a file.
 
 A segment of T tokens starting at s has the inputs x[s : s + T] and the labels x[s + 1 : s + T + 1]: segments overlap by
-one token, so that every token but a document's first is a target exactly once. A document's last token is never an input.
+one token, so that every token but a document's first is a target exactly once. A document's last token is no input.
 
 Two layouts:
     files        a document is a file; a segment never holds tokens of two files
@@ -80,16 +80,16 @@ class RepositoryReader:
         split: PackedSplit,
         segment_tokens: int,
         layout: Layout = "files",
-        separators: Separators = Separators(),  # noqa: B008 (frozen)
+        separators: Separators = Separators(),
     ) -> None:
         self.split, self.segment_tokens, self.layout, self.separators = split, segment_tokens, layout, separators
         lengths = np.maximum(split.file_length - 1, 0)
-        self._file_segments = -(-lengths // segment_tokens)
+        self._file_segments: Integers = -(-lengths // segment_tokens)
 
     def num_segments(self, repo: int) -> int:
         """How many segments repository `repo` has; 0 where none of its files has two tokens."""
         if self.layout == "repository":
-            return -(-max(self.num_tokens(repo) - 1, 0) // self.segment_tokens)
+            return int(-(-max(self.num_tokens(repo) - 1, 0) // self.segment_tokens))
         return int(self._file_segments[self._files(repo)].sum())
 
     def num_tokens(self, repo: int) -> int:
@@ -99,7 +99,7 @@ class RepositoryReader:
         if self.layout == "files":
             return count
         number = files.stop - files.start
-        return count + (self.separators.repo is not None) + number * (self.separators.file is not None)
+        return int(count + (self.separators.repo is not None) + number * (self.separators.file is not None))
 
     def segment(self, repo: int, number: int) -> Segment:
         """Segment `number` of a repository."""

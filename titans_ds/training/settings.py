@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from titans_ds.config import GraftConfig, Order, check_choices, check_trainable
+from titans_ds.config import GraftConfig, LoraSettings, Order, check_choices, check_trainable
 from titans_ds.errors import ConfigError
 from titans_ds.training.segments import Layout
 
@@ -56,7 +56,7 @@ class DataSettings:
         layout: `files` cuts each file into segments, and memory goes from one to the next within a repository;
             `repository` joins a repository's files and fills every segment, for base pretraining without memory.
         num_lanes: repositories read side by side, over all ranks: the batch size. A multiple of the number of ranks.
-        segment_tokens: of the layout `repository`; the layout `files` takes graft.segment_tokens where there is a graft.
+        segment_tokens: of the layout `repository`; where there is a graft, graft.segment_tokens holds.
     """
 
     corpus: str = ""
@@ -141,8 +141,8 @@ class TrainingSettings:
         )
         _require(
             self.order == "first" or self.window >= 2,
-            "training.order is 'second', but training.window is 1: no read follows a write in a window of one segment, so "
-            "the loss can't differentiate through it. Set training.window to 2 or more",
+            "training.order is 'second', but training.window is 1: no read follows a write in a window of one segment, "
+            "so the loss can't differentiate through it. Set training.window to 2 or more",
         )
 
 
@@ -195,6 +195,7 @@ class TrainConfig:
         model: the base model.
         data: the corpus.
         graft: memories and where they sit; null trains the base model without memory.
+        lora: low-rank adapters trained beside the memory; null for none.
         optimizer: AdamW and its schedule.
         training: the loop.
         evaluation: on held-out repositories.
@@ -205,6 +206,7 @@ class TrainConfig:
     model: ModelSettings
     data: DataSettings
     graft: GraftConfig | None = None
+    lora: LoraSettings | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -217,12 +219,16 @@ class TrainConfig:
             "graft is null and model.trainable is 'memory': nothing to train. Set graft, or model.trainable to 'all'",
         )
         _require(
+            self.lora is None or (self.graft is not None and self.model.trainable == "memory"),
+            "lora needs a graft and model.trainable 'memory' (it freezes the base model); set these, or lora to null",
+        )
+        _require(
             self.graft is None or self.data.layout == "files",
             "data.layout is 'repository', where a segment may hold several files; a memory needs data.layout 'files'",
         )
         _require(
             self.graft is not None or self.training.order == "first",
-            "training.order is 'second', but there is no memory to differentiate through. Set graft, or order to 'first'",
+            "training.order is 'second', but there is no memory to go through. Set graft, or the order 'first'",
         )
         if self.graft is not None:
             check_trainable(self.graft, self.training.order)

@@ -15,7 +15,7 @@ from torch import Tensor
 from titans_ds.memory import MemoryState
 from titans_ds.training.engine import Engine
 from titans_ds.training.lanes import Lanes, Step
-from titans_ds.training.module import Mode, Outputs, States, detach
+from titans_ds.training.module import Mode, Outputs, States, detach, run_segment
 from titans_ds.training.settings import TrainingSettings
 
 
@@ -70,7 +70,7 @@ def run_passes(
 
 
 def commit(passes: Passes, carried: Carried) -> bool:
-    """Hand the states on; a lane whose state is not finite starts anew. Returns whether all of this rank's are finite."""
+    """Hand the states on; a lane whose state is not finite starts anew. Returns whether all of them are finite."""
     carried.state, carried.restart = passes.state, None
     if not passes.state:
         return True
@@ -90,7 +90,7 @@ def _restart_rows(step: Step, carried: Carried) -> None:
 
 def _first_order(engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, stats: bool) -> None:
     for number, step in enumerate(window):
-        outputs = engine.forward(step.batch, passes.state, Mode(stats=stats))
+        outputs = run_segment(engine, step.batch, passes.state, Mode(stats=stats))
         engine.backward(outputs.loss_sum * scale, last=last and number == len(window) - 1)
         _note(passes, step, outputs)
         passes.state = detach(outputs.state)
@@ -99,7 +99,7 @@ def _first_order(engine: Engine, window: list[Step], passes: Passes, scale: floa
 def _second_order(engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, stats: bool) -> None:
     loss = torch.zeros((), device=engine.device)
     for step in window:
-        outputs = engine.forward(step.batch, passes.state, Mode(graph=True, stats=stats))
+        outputs = run_segment(engine, step.batch, passes.state, Mode(graph=True, stats=stats))
         loss = loss + outputs.loss_sum
         _note(passes, step, outputs)
         passes.state = outputs.state

@@ -1,4 +1,7 @@
-"""The DeepSpeed engine behind the training loop's Engine protocol. deepspeed is imported when it is first used."""
+"""DeepSpeed behind the training loop's Engine protocol (titans_ds.training.engine), and the start of its ranks.
+
+deepspeed is imported when it is first used.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,14 @@ import socket
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from titans_ds.training.engine import StepReport, set_lr, state_bytes
-from titans_ds.training.module import Mode, Outputs, States, TrainingModule, call
-from titans_ds.training.optimizer import SkippableAdamW
-from titans_ds.training.segments import Batch
-from titans_ds.zero.config import zero_stage
+from titans_ds.zero.adamw import SkippableAdamW
 
+Module = TypeVar("Module", bound=nn.Module)
 _TIMEOUT = timedelta(hours=2)  # rank 0 may pack a corpus while the others wait
 
 
@@ -66,8 +66,8 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-class DeepSpeedEngine:
-    """Runs a TrainingModule under ZeRO 0 to 3.
+class DeepSpeedEngine(Generic[Module]):
+    """Runs a module under ZeRO 0 to 3.
 
     Args:
         module: to train; at stage 3 its parameters are partitioned from here on.
@@ -76,21 +76,28 @@ class DeepSpeedEngine:
         device: of this rank.
     """
 
-    def __init__(
-        self, module: TrainingModule, optimizer: SkippableAdamW, config: dict[str, Any], device: torch.device
-    ) -> None:
-        self.module, self.optimizer, self.device = module, optimizer, device
-        self.stage = zero_stage(config)
+    def __init__(self, module: Module, optimizer: SkippableAdamW, config: dict[str, Any], device: torch.device) -> None:
+        self._module, self._device, self.optimizer = module, device, optimizer
         optimizer.agree = _any_rank
         self._engine = import_deepspeed().initialize(model=module, optimizer=cast(Any, optimizer), config=config)[0]
+
+    @property
+    def module(self) -> Module:
+        """What it runs."""
+        return self._module
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self._device
 
     def set_training(self, training: bool) -> None:
         """Training mode or evaluation mode."""
         self._engine.train(training)
 
-    def forward(self, batch: Batch, state: States | None, mode: Mode) -> Outputs:
-        """One segment per row of this rank's lanes."""
-        return call(self._engine, batch, state, mode, self.device)
+    def __call__(self, *inputs: Any) -> Any:
+        """The module's forward."""
+        return self._engine(*inputs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of a loss; DeepSpeed averages over ranks, and must not divide by the number of passes."""
@@ -104,13 +111,12 @@ class DeepSpeedEngine:
 
         return {name: safe_get_full_grad(self.module.get_parameter(name)) for name in names}
 
-    def step(self, lr: float, skip: bool) -> StepReport:
-        """Clip, update and clear the gradients."""
-        set_lr(self.optimizer, lr)
-        self.optimizer.skip, self.optimizer.applied = skip, False
+    def step(self, lr: float, skip: bool) -> tuple[float, bool]:
+        """Clip, update and clear the gradients; returns their global norm, and whether parameters changed."""
+        self.optimizer.prepare(lr, skip)
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return StepReport(float("nan") if norm is None else float(norm), self.optimizer.applied)
+        return float("nan") if norm is None else float(norm), self.optimizer.applied
 
     def parameters(self, names: list[str]) -> dict[str, Tensor]:
         """Whole parameters on the CPU, on rank 0, in the precision of the optimizer."""
@@ -129,7 +135,7 @@ class DeepSpeedEngine:
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank."""
-        return state_bytes(self.optimizer)
+        return self.optimizer.state_bytes()
 
 
 @contextlib.contextmanager

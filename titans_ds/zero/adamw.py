@@ -1,0 +1,42 @@
+"""AdamW with a step that ranks can agree to skip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SkippableAdamW(torch.optim.AdamW):
+    """AdamW whose step does nothing where `skip` is set, or where any rank has a gradient that is not finite.
+
+    DeepSpeed's engines call the step in the middle of their own; skipping here lets them clear their buffers as usual,
+    at every ZeRO stage, while parameters and moments stay as they were. `applied` says what the last step did; `agree`
+    turns one rank's flag (a bool scalar) into that of all.
+    """
+
+    skip: bool = False
+    applied: bool = False
+    agree: Callable[[Tensor], Tensor] = staticmethod(lambda flag: flag)
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One step, or none."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.stack([torch.isfinite(g).all() for g in gradients]).all() if gradients else torch.ones(())
+        if bool(self.agree(~finite.bool())) or self.skip:
+            return None
+        self.applied = True
+        return super().step(closure)
+
+    def prepare(self, lr: float, skip: bool) -> None:
+        """Settings of the step to come: one learning rate for all groups."""
+        self.skip, self.applied = skip, False
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    def state_bytes(self) -> int:
+        """Bytes of the moments held here."""
+        moments = [v for state in self.state.values() for v in state.values() if isinstance(v, Tensor) and v.dim() > 0]
+        return sum(moment.numel() * moment.element_size() for moment in moments)
