@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import significance
+from . import paired_proportions, significance
 from .arms import MEASURES, Arm
 from .errors import EvalError
 
@@ -118,7 +118,8 @@ def _mean_with_interval(measure: str, values: list[float], clusters: list[str], 
         low, high = significance.proportion_interval([value / 100 for value in values], clusters, level)
         return {"mean": sum(values) / len(values), "low": 100 * low, "high": 100 * high, "n": len(values)}
     found = significance.clustered_interval(values, clusters, level, settings.num_resamples, settings.seed)
-    return {"mean": found.mean, "low": found.low, "high": found.high, "n": len(values)}
+    highest = math.inf if measure.startswith("nll") else 100.0
+    return {"mean": found.mean, "low": max(found.low, 0.0), "high": min(found.high, highest), "n": len(values)}
 
 
 def _compare_pair(first: Arm, second: Arm, settings: Settings) -> dict[str, Any]:
@@ -140,22 +141,33 @@ def _test_measure(measure: str, differences: list[float], clusters: list[str], s
     found = significance.clustered_interval(
         differences, clusters, 1 - settings.alpha, settings.num_resamples, settings.seed
     )
-    margin = settings.margins[measure]
-    equivalence = significance.tost(differences, clusters, margin, settings.alpha)
-    test = {"difference": found.mean, "low": found.low, "high": found.high, "n": found.num_samples}
-    test |= {"repositories": found.num_clusters, "p": found.p_value, "test": "clustered bootstrap"}
-    test |= {"margin": margin, "equivalence_p": equivalence.p_value, "equivalent": equivalence.equivalent}
-    test["detectable"] = significance.minimum_detectable_difference(
-        differences, clusters, settings.alpha, settings.power
-    )
-    return test | _mcnemar(differences, settings) if measure == "em" else test
+    test: dict[str, Any] = {"difference": found.mean, "n": found.num_samples, "repositories": found.num_clusters}
+    test["margin"] = settings.margins[measure]
+    if measure == "em":
+        return test | _test_exact_match(differences, found, settings)
+    value_range = None if measure.startswith("nll") else 100.0
+    equivalence = significance.tost(differences, clusters, settings.margins[measure], settings.alpha, value_range)
+    detectable = significance.minimum_detectable_difference(differences, clusters, settings.alpha, settings.power)
+    test |= {"low": found.low, "high": found.high, "p": found.p_value, "test": "clustered bootstrap"}
+    return test | {
+        "equivalence_p": equivalence.p_value,
+        "equivalent": equivalence.equivalent,
+        "detectable": detectable,
+    }
 
 
-def _mcnemar(differences: list[float], settings: Settings) -> dict[str, Any]:
-    won, lost = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    detectable = significance.minimum_detectable_em(len(differences), won + lost, settings.alpha, settings.power)
-    p_value = significance.mcnemar_exact(won, lost)
-    return {"won": won, "lost": lost, "p": p_value, "test": "McNemar exact", "detectable": detectable}
+def _test_exact_match(differences: list[float], found: significance.Interval, settings: Settings) -> dict[str, Any]:
+    """McNemar's exact test; interval and equivalence by Tango's score method on counts divided by the design effect."""
+    won, lost, total = sum(d > 0 for d in differences), sum(d < 0 for d in differences), len(differences)
+    effect = paired_proportions.design_effect(found.standard_error / 100, won, lost, total)
+    counts = (won / effect, lost / effect, total / effect)
+    low, high = paired_proportions.score_interval(*counts, 1 - settings.alpha)
+    equivalence = paired_proportions.equivalence_p(*counts, settings.margins["em"] / 100)
+    test = {"low": 100 * low, "high": 100 * high, "p": significance.mcnemar_exact(won, lost), "test": "McNemar exact"}
+    test |= {"won": won, "lost": lost, "design_effect": effect, "equivalence_p": equivalence}
+    test["equivalent"] = equivalence < settings.alpha
+    test["detectable"] = significance.minimum_detectable_em(total, won + lost, settings.alpha, settings.power)
+    return test
 
 
 def _correct(tests: list[dict[str, Any]]) -> None:

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="generate completions and target likelihoods"))
     _add_score(commands.add_parser("score", help="score any predictions file"))
     _add_compare(commands.add_parser("compare", help="paired statistics between two run folders"))
+    _add_report(commands.add_parser("report", help="HTML and Markdown from a run folder"))
     return parser
 
 
@@ -152,6 +153,31 @@ def _compare(options: argparse.Namespace) -> None:
         print(table.to_markdown())
     if options.out:
         write_json(options.out, comparison)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--data", type=Path, help="the benchmark file, where it has moved")
+    parser.add_argument(
+        "--training-run", type=Path, help="run folder of the training, for the figures of losses and gates"
+    )
+    _add_scoring_rules(parser)
+    _add_statistics(parser)
+    parser.set_defaults(command=_report)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report_command import write_report  # matplotlib takes a second to load
+
+    write_report(
+        options.folder,
+        options.postprocess,
+        options.es_backend,
+        statistics_settings(options),
+        options.data,
+        options.training_run,
+        options.partial,
+    )
 
 
 def _across(first: list[str], second: list[str]) -> list[tuple[str, str]]:

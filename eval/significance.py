@@ -101,7 +101,8 @@ def clustered_interval(
     if num_clusters < 2:
         return Interval(groups.mean, -math.inf, math.inf, math.nan, 1.0, len(values), num_clusters)
     if error <= 1e-12 * max(1.0, abs(groups.mean)):
-        p_value = 1.0 if abs(groups.mean) < 1e-12 else 0.0
+        # A constant difference: all signs equal by chance, clusters being exchangeable.
+        p_value = 1.0 if abs(groups.mean) < 1e-12 else 2.0 ** (1 - num_clusters)
         return Interval(groups.mean, groups.mean, groups.mean, 0.0, p_value, len(values), num_clusters)
     if np.count_nonzero(groups.sums - groups.mean * groups.counts) < 5:
         low, high, p_value = _student(groups.mean, error, num_clusters - 1, level)
@@ -166,11 +167,23 @@ class Equivalence:
     equivalent: bool
 
 
-def tost(differences: Sequence[float], clusters: Sequence[Hashable], margin: float, alpha: float = 0.05) -> Equivalence:
+def tost(
+    differences: Sequence[float],
+    clusters: Sequence[Hashable],
+    margin: float,
+    alpha: float = 0.05,
+    value_range: float | None = None,
+) -> Equivalence:
     """Test whether the mean difference lies inside (-margin, margin) (Schuirmann 1987).
 
     Each side is a one-sided t-test with the cluster-robust standard error and clusters - 1 degrees of freedom. The same
-    as the (1 - 2 alpha) interval lying inside the margin. EvalError for a margin that is not positive.
+    as the (1 - 2 alpha) interval lying inside the margin. Where all differences are equal there is no variance to go
+    by: of zeros, a measure with a known `value_range` still says that a share of margin / range of samples that
+    differ would have gone unseen with probability (1 - margin / range)^n, the p-value then; everything else is not
+    called equivalent.
+
+    Raises:
+        EvalError: a margin that is not positive.
     """
     if not margin > 0:
         raise EvalError(f"The equivalence margin is {margin}; expected a positive number in the metric's unit.")
@@ -178,9 +191,11 @@ def tost(differences: Sequence[float], clusters: Sequence[Hashable], margin: flo
     error, degrees = clustered_standard_error(differences, clusters), len(groups.sums) - 1
     if degrees < 1:
         return Equivalence(margin, 1.0, False)
-    if error == 0.0:
-        inside = abs(groups.mean) < margin
-        return Equivalence(margin, 0.0 if inside else 1.0, inside)
+    if error <= 1e-12 * max(1.0, abs(groups.mean)):
+        unseen = 1.0
+        if value_range and groups.mean == 0:
+            unseen = max(0.0, 1 - margin / value_range) ** len(differences)
+        return Equivalence(margin, unseen, unseen < alpha)
     lower = stats.t.sf((groups.mean + margin) / error, degrees)
     upper = stats.t.cdf((groups.mean - margin) / error, degrees)
     p_value = float(max(lower, upper))
@@ -192,12 +207,14 @@ def minimum_detectable_difference(
 ) -> float:
     """Return the smallest true mean difference that this sample finds with `power` (two-sided, level alpha).
 
-    Inf for one cluster.
+    Inf where the sample cannot say: one cluster, or no variance.
     """
     degrees = len(set(clusters)) - 1
     if degrees < 1:
         return math.inf
     error = clustered_standard_error(differences, clusters)
+    if error == 0.0:
+        return math.inf
     return float((stats.t.ppf(1 - alpha / 2, degrees) + stats.t.ppf(power, degrees)) * error)
 
 

@@ -74,7 +74,7 @@ def _contrast_table(measure: str, contrasts: Sequence[Mapping[str, Any]], settin
         f"the smallest true difference that this sample finds with {settings['power']:.0%} power."
     )
     rows = [_contrast_row(measure, c, settings["alpha"]) for c in contrasts if measure in c]
-    columns = ["contrast", "n", "same text", "difference", "p", "p (Holm)", "p equivalent", "detectable", "reading"]
+    columns = ["contrast", "reading", "difference", "p", "p (Holm)", "p equivalent", "detectable", "same text", "n"]
     return Table(f"{LABELS[measure]}: paired differences", note, columns, rows)
 
 
@@ -85,23 +85,25 @@ def _contrast_row(measure: str, contrast: Mapping[str, Any], alpha: float) -> li
         difference += f" (+{test['won']} -{test['lost']})"
     return [
         f"{contrast['arm']} - {contrast['against']}",
-        str(test["n"]),
-        f"{contrast['identical_share']:.0%}",
+        reading(test, alpha),
         difference,
         _p_value(test["p"]),
         _p_value(test["p_holm"]),
         _p_value(test["equivalence_p"]),
-        _number(test["detectable"]),
-        reading(test, alpha),
+        "n/a" if test["detectable"] is None else f"{test['detectable']:.3g}",
+        f"{contrast['identical_share']:.0%}",
+        str(test["n"]),
     ]
 
 
 def reading(test: Mapping[str, Any], alpha: float) -> str:
-    """Say in words what a test shows: a difference, none within the margin, or nothing either way."""
+    """Say in words what a test shows: a difference, none within the margin, the same on all samples, or nothing."""
     if test["p_holm"] < alpha:
         return "higher" if test["difference"] > 0 else "lower"
     if test["equivalent"]:
         return f"no difference (within ±{test['margin']:g})"
+    if test["difference"] == 0 and test["low"] == 0 == test["high"]:
+        return f"equal on these {test['n']}, too few to say more"
     return "inconclusive"
 
 
@@ -116,10 +118,6 @@ def _mean_cell(measure: str, found: Mapping[str, Any] | None) -> str:
 
 def _signed(value: float | None) -> str:
     return "∞" if value is None else f"{value:+.3g}"
-
-
-def _number(value: float | None) -> str:
-    return "∞" if value is None else f"{value:.3g}"
 
 
 def _p_value(value: float) -> str:

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from eval.errors import EvalError
+from eval.paired_proportions import equivalence_p, score_interval, score_statistic
 from eval.significance import (
     clustered_interval,
     clustered_standard_error,
@@ -107,8 +108,10 @@ def test_tost_with_one_sample_a_cluster_is_the_pair_of_t_tests() -> None:
     assert found.equivalent == (low > -0.5 and high < 0.5)
 
 
-def test_tost_of_identical_arms_is_equivalent_and_a_margin_must_be_positive() -> None:
-    assert tost([0.0] * 8, "aabbccdd", 1.0).equivalent
+def test_tost_of_identical_arms_needs_enough_of_them_and_a_margin_must_be_positive() -> None:
+    assert not tost([0.0] * 8, "aabbccdd", 1.0, value_range=100).equivalent  # eight samples say too little
+    assert tost([0.0] * 400, [i % 20 for i in range(400)], 1.0, value_range=100).p_value == pytest.approx(0.99**400)
+    assert not tost([0.0] * 400, [i % 20 for i in range(400)], 1.0).equivalent
     assert not tost([2.0] * 8, "aabbccdd", 1.0).equivalent
     assert not tost([0.0] * 3, "aaa", 1.0).equivalent
     with pytest.raises(EvalError, match="margin"):
@@ -147,6 +150,29 @@ def test_proportion_interval_is_wilson_where_clusters_add_nothing() -> None:
     low, high = proportion_interval([0.0] * 100, [i // 10 for i in range(100)])
     assert low == 0.0
     assert high == pytest.approx(0.037, abs=1e-3)
+
+
+def test_tango_interval_inverts_the_score_test_and_meets_a_published_example_and_no_discordance() -> None:
+    # Agresti's approval ratings: 1600 people, 86 and 150 discordant, published 95% interval (-0.059, -0.021).
+    assert score_interval(86, 150, 1600) == pytest.approx((-0.059, -0.021), abs=1e-3)
+    low, high = score_interval(2, 0, 44)
+    assert score_statistic(2, 0, 44, low) == pytest.approx(1.96, abs=1e-3)
+    assert score_statistic(2, 0, 44, high) == pytest.approx(-1.96, abs=1e-3)
+    assert score_interval(0, 2, 44) == pytest.approx((-high, -low))
+    # z at 0 is McNemar's (b - c) / sqrt(b + c).
+    assert score_statistic(9, 2, 269, 0.0) == pytest.approx(7 / math.sqrt(11))
+    # No discordant pair: six samples say next to nothing, six hundred that the difference is below a point.
+    assert equivalence_p(0, 0, 6, 0.01) > 0.3
+    assert equivalence_p(0, 0, 600, 0.01) < 0.01
+    assert score_interval(0, 0, 6)[1] > 0.3
+    assert score_interval(0, 0, 600)[1] < 0.01
+
+
+def test_tango_interval_covers_at_its_level_in_simulation() -> None:
+    generator = np.random.default_rng(7)
+    draws = generator.multinomial(120, [0.05, 0.02, 0.93], size=1000)
+    intervals = [score_interval(int(won), int(lost), 120) for won, lost, _ in draws]
+    assert np.mean([low <= 0.03 <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.025)
 
 
 def test_degenerate_samples_claim_nothing() -> None:

@@ -1,0 +1,169 @@
+"""The report's figures as inline SVG: exact match by mode, training losses, gates, edit similarity by mode.
+
+Losses and gates come from a training run's metrics.jsonl; without one those two figures are left out.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .arms import Arm
+from .errors import EvalError
+
+_COLOURS = ("#2563a8", "#c2571a", "#2f8f5b", "#8a4fa3", "#b23a48", "#5c6b73", "#a38a00", "#3aa0a0")
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "titans-ds",  # the same data gives the same file
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#d9dde2",
+    "axes.axisbelow": True,
+}
+
+
+def exact_match_figure(comparison: Mapping[str, Any]) -> str:
+    """Figure 1: EM of every arm with its interval."""
+    arms = comparison["arms"]
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _new_figure(len(arms))
+        places = range(len(arms))
+        means = [arm["em"]["mean"] for arm in arms.values()]
+        reach = [[m - a["em"]["low"] for m, a in zip(means, arms.values(), strict=True)]]
+        reach.append([a["em"]["high"] - m for m, a in zip(means, arms.values(), strict=True)])
+        axes.bar(places, means, color=_colours(len(arms)), width=0.6)
+        axes.errorbar(places, means, yerr=reach, fmt="none", ecolor="#222", elinewidth=1.2, capsize=4)
+        axes.set_ylabel("exact match (%)")
+        _name_places(axes, list(arms))
+        return _svg(figure)
+
+
+def edit_similarity_figure(arms: Mapping[str, Arm]) -> str:
+    """Figure 4: every sample's edit similarity by arm, with quartiles and the mean."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _new_figure(len(arms))
+        values = [list(arm.values["es"].values()) for arm in arms.values()]
+        boxes = axes.boxplot(values, positions=range(len(arms)), widths=0.55, showmeans=True, patch_artist=True)
+        for box, colour in zip(boxes["boxes"], _colours(len(arms)), strict=True):
+            box.set(facecolor=colour, alpha=0.45)
+        axes.set_ylabel("edit similarity")
+        axes.set_ylim(-3, 103)
+        _name_places(axes, list(arms))
+        return _svg(figure)
+
+
+def likelihood_figure(comparison: Mapping[str, Any]) -> str | None:
+    """Mean negative log-likelihood by arm with intervals; None where no arm has one."""
+    arms = {name: arm for name, arm in comparison["arms"].items() if "nll_target" in arm}
+    if not arms:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _new_figure(len(arms))
+        for shift, (measure, label) in enumerate((("nll_target", "target"), ("nll_missing", "new identifier"))):
+            found = [(i, arm[measure]) for i, arm in enumerate(arms.values()) if measure in arm]
+            means = [entry["mean"] for _, entry in found]
+            lows = [m - (m if e["low"] is None else e["low"]) for m, (_, e) in zip(means, found, strict=True)]
+            highs = [(m if e["high"] is None else e["high"]) - m for m, (_, e) in zip(means, found, strict=True)]
+            places = [i + 0.24 * shift - 0.12 for i, _ in found]
+            axes.errorbar(places, means, yerr=[lows, highs], fmt="o", color=_COLOURS[shift], capsize=4, label=label)
+        axes.set_ylabel("nats per token")
+        axes.legend(frameon=False)
+        _name_places(axes, list(arms))
+        return _svg(figure)
+
+
+def training_figures(folder: str | Path) -> dict[str, str]:
+    """Figures 2 and 3 from a training run: losses and gates over steps. EvalError where the folder has no metrics.
+
+    Every key with "loss" in it is a curve of figure 2, every key with "gate" (but not its gradient) one of figure 3.
+    """
+    records = _training_records(Path(folder))
+    figures = {}
+    for title, wanted in (("losses", _is_loss), ("gates", _is_gate)):
+        curves = _curves(records, wanted)
+        if curves:
+            figures[title] = _curves_figure(curves, title)
+    return figures
+
+
+def _training_records(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise EvalError(f"{folder} has no metrics.jsonl; expected a run folder of launch/train.py.")
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [_flatten(json.loads(line)) for line in lines if line.strip()]
+
+
+def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        flat |= _flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _is_loss(key: str) -> bool:
+    return "loss" in key and "inner" not in key
+
+
+def _is_gate(key: str) -> bool:
+    return "gate" in key and "grad" not in key
+
+
+def _curves(records: Sequence[Mapping[str, Any]], wanted: Any) -> dict[str, list[tuple[float, float]]]:
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for number, record in enumerate(records):
+        for key, value in record.items():
+            if wanted(key) and isinstance(value, (int, float)) and not isinstance(value, bool):
+                curves.setdefault(key, []).append((record.get("step", number), value))
+    return {key: points for key, points in curves.items() if len(points) > 1}
+
+
+def _curves_figure(curves: Mapping[str, list[tuple[float, float]]], label: str) -> str:
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = pyplot.subplots(figsize=(7.2, 3.2))
+        for colour, (name, points) in zip(_colours(len(curves)), curves.items(), strict=True):
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, color=colour, label=name, linewidth=1.3)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+        return _svg(figure)
+
+
+def _new_figure(num_places: int) -> tuple[Figure, Axes]:
+    return pyplot.subplots(figsize=(max(4.5, 1.6 + 0.95 * num_places), 3.4))
+
+
+def _name_places(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_xticks(
+        range(len(names)), names, rotation=30 if len(names) > 3 else 0, ha="right" if len(names) > 3 else "center"
+    )
+
+
+def _colours(count: int) -> list[str]:
+    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an <svg> element that scales with the page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    pyplot.close(figure)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)
