@@ -1,0 +1,199 @@
+"""launch/train.py as users run it: under the deepspeed launcher on two ranks, in one process; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from launch.train import main
+from tests.packed_corpora import random_repos, write_packed
+from tests.tiny_models import VOCAB, tiny_base
+from titans_ds.graft.titans_model import TitansModel
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = str(ROOT / "launch" / "train.py")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, a base model as a user has it on disk, and a configuration for both."""
+    folder = tmp_path_factory.mktemp("place")
+    splits = {
+        "train": random_repos(8, seed=1),
+        "validation": random_repos(7, seed=2, files=4, least=12),
+        "one": random_repos(1, seed=3),
+        "empty": [],
+    }
+    write_packed(folder / "corpus", splits)
+    tiny_base("qwen3_5").save_pretrained(folder / "base")
+    config = {
+        "model": {"base": str(folder / "base")},
+        "data": {"corpus": str(folder / "corpus"), "num_lanes": 4},
+        "graft": {"segment_tokens": 8, "memory": {"dim": 8, "step_size": 0.02}},
+        "optimizer": {"lr": 0.01, "warmup_steps": 1},
+        "training": {"steps": 4, "window": 2},
+        "evaluation": {"interval": 2, "repositories": 6, "group_size": 2},
+        "run": {"tensorboard": False},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def launched(place: Path, port: int, *options: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks under the deepspeed launcher, from another folder than the checkout."""
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(port)]
+    command = [*runner, TRAIN, "--config", str(place / "tiny.yaml"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def lines_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl of one kind."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def run_alone(place: Path, name: str, *options: str) -> int:
+    """One process on plain torch, inside this one."""
+    return main(["--config", str(place / "tiny.yaml"), "--deepspeed=null", f"--run.dir={place / name}", *options])
+
+
+def test_deepspeed_launch_equals_one_process(place: Path) -> None:
+    """ZeRO-3 on two ranks, base loaded partitioned: run folder complete, numbers as in one process of plain torch."""
+    done = launched(
+        place, 29618, "--run.dir", "two", "--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--run.tensorboard=true"
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "memory of another repository" in done.stdout
+    assert "peak host memory by rank" in done.stdout
+    assert run_alone(place, "one") == 0
+    two, one = place / "two", place / "one"
+    for name in ("config.yaml", "versions.json", "status.json", "README.md", "adapter/adapter_config.json"):
+        assert (two / name).is_file(), name
+    assert list((two / "tensorboard").iterdir())
+    assert not list(two.rglob("*.part"))
+    status = json.loads((two / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", 4)
+    assert json.loads((two / "versions.json").read_text())["packages"]["deepspeed"]
+    for ours, plain in zip(lines_of(two, "train"), lines_of(one, "train"), strict=True):
+        assert ours["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+        assert ours["gate_gradient_norm"] == pytest.approx(plain["gate_gradient_norm"], rel=1e-3)
+        assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+        assert ours["inner_loss_after"] == pytest.approx(plain["inner_loss_after"], rel=1e-4)
+        assert ours["targets"] == plain["targets"]
+    for ours, plain in zip(lines_of(two, "evaluation"), lines_of(one, "evaluation"), strict=True):
+        for mode in ("memory", "ablated", "wrong"):
+            assert ours["losses"][mode]["mean"] == pytest.approx(plain["losses"][mode]["mean"], abs=1e-5)
+            assert ours["losses"][mode]["standard_error"] == pytest.approx(
+                plain["losses"][mode]["standard_error"], abs=1e-5
+            )
+    ours_weights, plain_weights = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (two, one))
+    for name, weight in plain_weights.items():
+        torch.testing.assert_close(ours_weights[name], weight, atol=1e-4, rtol=1e-3)
+    TitansModel.from_pretrained(str(place / "base"), two / "adapter")
+
+
+def test_a_base_model_trains_without_memory_and_then_carries_one(place: Path) -> None:
+    """Everything trainable on whole repositories, saved as safetensors, and loaded again as the base of a graft."""
+    options = ["--graft=null", "--model.trainable=all", "--data.layout=repository", "--data.segment_tokens=16"]
+    assert run_alone(place, "pretrained", *options, "--optimizer.lr=1e-3") == 0
+    losses = [line["loss"] for line in lines_of(place / "pretrained", "train")]
+    assert len(losses) == 4
+    saved = place / "pretrained" / "model"
+    assert (saved / "model.safetensors").is_file()
+    assert not torch.equal(
+        load_file(saved / "model.safetensors")["model.norm.weight"], tiny_base("qwen3_5").model.norm.weight
+    )
+    assert run_alone(place, "grafted", f"--model.base={saved}", "--training.steps=1") == 0
+
+
+def test_user_errors_reach_the_shell(place: Path) -> None:
+    """Under the launcher: one message, exit code 2, no traceback, no run folder."""
+    done = launched(place, 29619, "--run.dir", "bad", "--data.num_lanes", "5")
+    assert done.returncode == 2
+    assert done.stderr.count("error: data.num_lanes is 5, which 2 ranks can't share evenly") == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (place / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--training.stpes=3"], "did you mean training.steps?"),
+        (["--training.steps=few"], "training.steps is few; expected int"),
+        (["--config=nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["--deepspeed=nowhere.json"], "nowhere.json does not exist; try ds_configs/zero2.json"),
+        (["--model.base=/nowhere/at/all"], "the base model /nowhere/at/all can't be loaded"),
+        (["--model.base=null", '--model.architecture={"model_type": "gpt2"}'], "model type 'gpt2' is not supported"),
+        (["--model.base=null", '--model.architecture={"model_type": "nonsense"}'], "can't be loaded: "),
+        (["--graft.layers=[1, 9]"], "names layer 9, but this model has layers 0 to 3"),
+        (["--graft.gate_floor=1.0"], "gate_floor is 1.0; it must be in [0, 1)"),
+        (["--training.reentrant=true"], "training.reentrant is on"),
+        (["--graft.memory.key_projection=learned"], "first-order training gives it no gradient"),
+        (["--data.corpus=/nowhere"], "the folder /nowhere does not exist"),
+        (["--data.train_split=none"], "has no split 'none'; it has: empty, one, train, validation"),
+        (["--data.train_split=empty"], "is empty"),
+        (["--evaluation.split=one"], "has 1 repository; the wrong-memory control needs 2"),
+    ],
+)
+def test_bad_input(place: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    """Exit code 2, one line on stderr, nothing written."""
+    arguments = [] if any(o.startswith("--deepspeed") for o in options) else ["--deepspeed=null"]
+    code = main(["--config", str(place / "tiny.yaml"), *arguments, f"--run.dir={place / 'refused'}", *options])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in error
+    assert not (place / "refused").exists()
+
+
+def test_an_existing_run_is_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second run into the same folder is refused, unless asked; a folder that is no run is never replaced."""
+    assert run_alone(place, "kept", "--training.steps=1", "--evaluation.interval=0") == 0
+    before = (place / "kept" / "metrics.jsonl").read_text()
+    assert run_alone(place, "kept", "--training.steps=1") == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (place / "kept" / "metrics.jsonl").read_text() == before
+    assert run_alone(place, "kept", "--training.steps=2", "--evaluation.interval=0", "--run.overwrite=true") == 0
+    assert len(lines_of(place / "kept", "train")) == 2
+    assert run_alone(place, "corpus", "--run.overwrite=true") == 2
+    assert (place / "corpus" / "packed.json").is_file()
+
+
+def test_damaged_corpora(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Truncated tokens, a broken index, a vocabulary that the model lacks: each says so."""
+    repos = {"train": random_repos(2, seed=0), "validation": random_repos(2, seed=0)}
+    damages: list[tuple[str, Any]] = [
+        ("it is truncated", lambda c: os.truncate(c / "train.tokens.bin", 20)),
+        ("train.index.npz is damaged", lambda c: (c / "train.index.npz").write_bytes(b"PK\x03\x04")),
+        ("train.index.npz is missing", lambda c: (c / "train.index.npz").unlink()),
+        ("packed.json is not JSON", lambda c: (c / "packed.json").write_text("{")),
+    ]
+    for number, (message, damage) in enumerate(damages):
+        corpus = write_packed(tmp_path / str(number), repos)
+        damage(corpus)
+        assert run_alone(place, "refused", f"--data.corpus={corpus}") == 2
+        assert message in capsys.readouterr().err
+    large = write_packed(tmp_path / "large", repos, vocab_size=VOCAB + 1)
+    assert run_alone(place, "refused", f"--data.corpus={large}") == 2
+    assert f"vocabulary of {VOCAB + 1} tokens (test), but the model has {VOCAB}" in capsys.readouterr().err
+
+
+def test_non_finite_losses_end_the_run_with_a_message(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step size that blows the memory up: steps are skipped, then the run stops; its status says why."""
+    blown = ["--graft.memory.step_size=1e30", "--graft.memory.write=token", "--training.nonfinite_limit=2"]
+    assert run_alone(place, "blown", *blown, "--training.steps=9", "--evaluation.interval=0") == 2
+    assert "was not finite in 2 steps in a row" in capsys.readouterr().err
+    status = json.loads((place / "blown" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "not finite" in status["error"]
