@@ -59,9 +59,9 @@ def test_closed_form_gradient_equals_autograd(depth, hidden_dim, activation, dty
     weights = tuple(torch.randn(3, o, i, generator=generator, dtype=dtype).requires_grad_() for i, o in pairs)
     keys, values = (torch.randn(3, 6, D, generator=generator, dtype=dtype) for _ in range(2))
     shares = torch.rand(3, 6, generator=generator, dtype=dtype)
-    loss, gradients = network.loss_and_gradient(weights, keys, values, shares, activation)
-    expected = torch.autograd.grad(network.loss(weights, keys, values, shares, activation).sum(), weights)
-    torch.testing.assert_close(loss, network.loss(weights, keys, values, shares, activation))
+    loss, gradients = network.loss_and_gradient(weights, keys, values, shares, network.Form(activation))
+    expected = torch.autograd.grad(network.loss(weights, keys, values, shares, network.Form(activation)).sum(), weights)
+    torch.testing.assert_close(loss, network.loss(weights, keys, values, shares, network.Form(activation)))
     for closed, exact in zip(gradients, expected, strict=True):
         assert (closed - exact).norm() / exact.norm() < tolerance
 

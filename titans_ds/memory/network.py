@@ -1,6 +1,6 @@
 """f_W, the memory network, and the exact gradient of its write loss as batched matrix products.
 
-Legend of shape suffixes: B batch, T tokens, D memory dim, O/I a matrix's output/input width.
+Legend of shape suffixes: B samples (or samples x heads), T tokens, D memory dim, O/I a matrix's output/input width.
 
 Fast weights are a tuple of matrices W_l [B, O, I], one set per sample; f_W(x) = W_n act(... act(W_1 x)). No autograd is
 needed for the inner gradient, and torch can differentiate through it once more (second-order meta-learning).
@@ -9,7 +9,8 @@ needed for the inner gradient, and torch can differentiate through it once more 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,7 +18,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Literal["silu", "linear"]
+Loss = Literal["l2", "dot", "huber"]
 Weights = tuple[Tensor, ...]
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Form:
+    """What f_W and its write loss are, beside the fast weights.
+
+    Args:
+        activation: between the matrices.
+        hidden_scale: factor on every hidden layer after its activation.
+        norm: scale and bias [B or 1, 1, D]: f_W(x) = x + scale LayerNorm(mlp_W(x)) + bias. None: f_W is the plain MLP.
+        loss: l2 |f_W(k) - v|^2 / 2; dot -<f_W(k), v>; huber, coordinate by coordinate.
+        huber_delta: where huber turns linear.
+    """
+
+    activation: Activation = "silu"
+    hidden_scale: float = 1.0
+    norm: tuple[Tensor, Tensor] | None = None
+    loss: Loss = "l2"
+    huber_delta: float = 1.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Of each matrix, its input and the loss's derivative in its output, token by token: [B, T, I] and [B, T, O]."""
+
+    inputs: Weights
+    deltas: Weights
 
 
 def _identity(z: Tensor) -> Tensor:
@@ -35,53 +65,107 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Ten
 }
 
 
-def forward(weights: Weights, x_BTI: Tensor, activation: Activation) -> Tensor:
+def forward(weights: Weights, x_BTI: Tensor, form: Form) -> Tensor:
     """f_W(x): [B, T, I] -> [B, T, D], each sample through its own weights, products in the dtype of x."""
-    return _trace(weights, x_BTI, activation)[0][-1]
+    outputs, _ = _trace(_cast(weights, x_BTI), x_BTI, form)
+    return _finish(outputs[-1], x_BTI, form)
+
+
+def terms(
+    weights: Weights, keys_BTD: Tensor, values_BTD: Tensor, form: Form, token_weights_BT: Tensor | None = None
+) -> Terms:
+    """What the gradient of the write loss is made of, each token's derivative times its weight where one is given."""
+    weights = _cast(weights, keys_BTD)
+    outputs, inputs = _trace(weights, keys_BTD, form)
+    derivative = _ACTIVATIONS[form.activation][1]
+    delta_BTO = _loss_derivative(_finish(outputs[-1], keys_BTD, form), values_BTD, form)
+    if token_weights_BT is not None:
+        delta_BTO = delta_BTO * token_weights_BT.unsqueeze(-1).to(delta_BTO.dtype)
+    if form.norm is not None:
+        delta_BTO = _norm_backward(delta_BTO * form.norm[0].to(delta_BTO.dtype), outputs[-1])
+    deltas = [delta_BTO]
+    for level in range(len(weights) - 1, 0, -1):
+        delta_BTO = _scaled(delta_BTO @ weights[level], form) * derivative(outputs[level - 1])
+        deltas.insert(0, delta_BTO)
+    return Terms(tuple(inputs), tuple(deltas))
+
+
+def gradient(parts: Terms, token_weights_BT: Tensor | None = None) -> Weights:
+    """sum_t m_t delta_t x_t^T of every matrix, [B, O, I] in the dtype of the keys; m = 1 where not given."""
+    deltas: Sequence[Tensor] = parts.deltas
+    if token_weights_BT is not None:
+        deltas = [delta * token_weights_BT.unsqueeze(-1).to(delta.dtype) for delta in deltas]
+    return tuple(delta.mT @ x for delta, x in zip(deltas, parts.inputs, strict=True))
 
 
 def loss_and_gradient(
-    weights: Weights, keys_BTD: Tensor, values_BTD: Tensor, token_weights_BT: Tensor, activation: Activation
+    weights: Weights, keys_BTD: Tensor, values_BTD: Tensor, token_weights_BT: Tensor, form: Form
 ) -> tuple[Tensor, Weights]:
-    """The write loss l(W) = sum_t m_t |f_W(k_t) - v_t|^2 / 2 and its gradient in every fast weight.
+    """The write loss l(W) = sum_t m_t l_t(W), l_t = |f_W(k_t) - v_t|^2 / 2 by default, and its gradient in W.
 
     Args:
         weights: W_l [B, O, I].
         keys_BTD, values_BTD: what to store; finite also where the token weight is 0.
         token_weights_BT: m_t, the share of each token in the loss; 0 for padding.
-        activation: between the matrices.
+        form: of f_W and the loss.
 
     Returns:
         loss [B], gradients [B, O, I] in the dtype of the keys.
     """
-    outputs, inputs_of = _trace(weights, keys_BTD, activation)
-    _, derivative = _ACTIVATIONS[activation]
-    error_BTD = outputs[-1] - values_BTD
-    delta_BTO = error_BTD * token_weights_BT.unsqueeze(-1)
-    loss_B = 0.5 * (error_BTD * delta_BTO).sum(dim=(1, 2))
-    gradients: list[Tensor] = []
-    for level in range(len(weights) - 1, -1, -1):
-        gradients.append(delta_BTO.mT @ inputs_of[level])  # (B, O, I)
-        if level > 0:
-            delta_BTO = (delta_BTO @ weights[level].to(delta_BTO.dtype)) * derivative(outputs[level - 1])
-    return loss_B, tuple(reversed(gradients))
+    total_B = loss(weights, keys_BTD, values_BTD, token_weights_BT, form)
+    return total_B, gradient(terms(weights, keys_BTD, values_BTD, form, token_weights_BT))
 
 
-def loss(
-    weights: Weights, keys_BTD: Tensor, values_BTD: Tensor, token_weights_BT: Tensor, activation: Activation
-) -> Tensor:
+def loss(weights: Weights, keys_BTD: Tensor, values_BTD: Tensor, token_weights_BT: Tensor, form: Form) -> Tensor:
     """The write loss alone, [B]."""
-    error_BTD = forward(weights, keys_BTD, activation) - values_BTD
-    return 0.5 * (error_BTD.square().sum(dim=-1) * token_weights_BT).sum(dim=-1)
+    y_BTD = forward(weights, keys_BTD, form)
+    if form.loss == "dot":
+        loss_BTD = -y_BTD * values_BTD
+    elif form.loss == "huber":
+        loss_BTD = F.huber_loss(y_BTD, values_BTD, reduction="none", delta=form.huber_delta)
+    else:
+        loss_BTD = 0.5 * (y_BTD - values_BTD).square()
+    return (loss_BTD.sum(dim=-1) * token_weights_BT.to(loss_BTD.dtype)).sum(dim=-1)
 
 
-def _trace(weights: Weights, x_BTI: Tensor, activation: Activation) -> tuple[list[Tensor], list[Tensor]]:
+def _loss_derivative(y_BTD: Tensor, values_BTD: Tensor, form: Form) -> Tensor:
+    if form.loss == "dot":
+        return -values_BTD
+    error_BTD = y_BTD - values_BTD
+    return error_BTD.clamp(-form.huber_delta, form.huber_delta) if form.loss == "huber" else error_BTD
+
+
+def _cast(weights: Weights, like: Tensor) -> Weights:
+    return tuple(weight.to(like.dtype) for weight in weights)
+
+
+def _trace(weights: Weights, x_BTI: Tensor, form: Form) -> tuple[list[Tensor], list[Tensor]]:
     """Every matrix's output before the activation, and every matrix's input."""
-    activate, _ = _ACTIVATIONS[activation]
+    activate, _ = _ACTIVATIONS[form.activation]
     outputs: list[Tensor] = []
     inputs: list[Tensor] = [x_BTI]
     for level, weight_BOI in enumerate(weights):
-        outputs.append(inputs[-1] @ weight_BOI.to(x_BTI.dtype).mT)
+        outputs.append(inputs[-1] @ weight_BOI.mT)
         if level < len(weights) - 1:
-            inputs.append(activate(outputs[-1]))
+            inputs.append(_scaled(activate(outputs[-1]), form))
     return outputs, inputs
+
+
+def _scaled(x: Tensor, form: Form) -> Tensor:
+    return x if form.hidden_scale == 1.0 else x * form.hidden_scale
+
+
+def _finish(z_BTD: Tensor, x_BTD: Tensor, form: Form) -> Tensor:
+    if form.norm is None:
+        return z_BTD
+    scale, bias = (t.to(z_BTD.dtype) for t in form.norm)
+    return x_BTD + scale * F.layer_norm(z_BTD, z_BTD.shape[-1:], eps=_NORM_EPS) + bias
+
+
+def _norm_backward(delta_BTD: Tensor, z_BTD: Tensor) -> Tensor:
+    """The derivative in z of <delta, LayerNorm(z)>."""
+    centred = z_BTD - z_BTD.mean(dim=-1, keepdim=True)
+    inverse_std = (centred.square().mean(dim=-1, keepdim=True) + _NORM_EPS).rsqrt()
+    normed = centred * inverse_std
+    along = (delta_BTD * normed).mean(dim=-1, keepdim=True)
+    return inverse_std * (delta_BTD - delta_BTD.mean(dim=-1, keepdim=True) - normed * along)

@@ -1,6 +1,7 @@
-"""The executable specification of NeuralMemory, through torch autograd, one sample and one step at a time.
+"""The executable specification of the paper's rule, through torch autograd, one sample and one step at a time.
 
 Slow and plain on purpose: no batching, no padding, no closed form. Works in fp64. The tests compare the rest to it.
+`reference_rule.py` does the same for everything else that a memory can be set to.
 """
 
 from __future__ import annotations

@@ -1,19 +1,27 @@
-"""The write rule: gradient descent on the fast weights, K steps over the tokens of one segment.
+"""The write rule: one chunk's keys and values into the fast weights.
 
-W <- W - theta grad l(W). With one step, a constant theta and a pooled key and value this is the rule of "Parametric
-Memory Cannot Replace Retrieval"; with all tokens it is the gradient step of TTT (Sun et al., 2024).
+W <- W - theta grad l(W) at its simplest: with a pooled key and value the rule of "Parametric Memory Cannot Replace
+Retrieval", with all tokens TTT's gradient step (Sun et al., 2024), with momentum and forget gate Titans' rule.
+
+Legend of shape suffixes: N batch x heads, C tokens of a chunk, D width of a head.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from titans_ds.config import RuleConfig
 from titans_ds.errors import ConfigError
 from titans_ds.memory import network
-from titans_ds.memory.network import Activation, Weights
+from titans_ds.memory.delta import delta_rule
+from titans_ds.memory.gates import Coefficients
+from titans_ds.memory.network import Form, Terms, Weights
+from titans_ds.memory.optimizers import Fast, Surprise, limit, step, without_forgetting
 
 
 @dataclass(frozen=True)
@@ -21,8 +29,8 @@ class Controls:
     """Changes to the rule at inference, for control experiments.
 
     Args:
-        sign: 1 descends, -1 ascends (the `sign flip` control), 0 writes nothing.
-        inner_steps: gradient steps instead of the configured number.
+        sign: 1 descends, -1 ascends (the `sign flip` control), 0 takes no gradient (forgetting goes on).
+        inner_steps: gradient steps instead of the configured number; 0 writes nothing.
         query: `key` reads with the key projection instead of the query's.
     """
 
@@ -37,29 +45,101 @@ class Controls:
             raise ConfigError(f"controls: query is {self.query!r}; expected 'trained' or 'key'")
 
 
-def pool(keys_BTD: Tensor, values_BTD: Tensor, token_weights_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean key and the mean value, as a segment of one token: a write of rank 1 per matrix and step.
+@dataclass(frozen=True)
+class Inner:
+    """The inner optimization problem of a call: the same for all of its chunks.
 
-    Returns:
-        keys [B, 1, D], values [B, 1, D], token weights [B, 1] (1 where the sample has a token, else 0).
+    Args:
+        rule: see RuleConfig.
+        form: of f_W and its loss.
+        step_sizes: theta of each matrix [depth], in the dtype of the fast weights; negative under the sign flip.
+        inner_steps: K.
     """
-    weights_B1T = token_weights_BT.unsqueeze(1)
-    return weights_B1T @ keys_BTD, weights_B1T @ values_BTD, token_weights_BT.sum(dim=1, keepdim=True)
+
+    rule: RuleConfig
+    form: Form
+    step_sizes: Tensor
+    inner_steps: int
+
+    def __post_init__(self) -> None:
+        once = self.rule.acts_per_token or self.rule.chunk_semantics != "chunk"
+        if once and self.inner_steps > 1:
+            raise ConfigError(
+                f"controls: inner_steps is {self.inner_steps}, but this memory's rule (gate_scope "
+                f"{self.rule.gate_scope!r}, chunk_semantics {self.rule.chunk_semantics!r}) steps once a chunk; use 0, 1"
+            )
 
 
-def descend(
-    weights: Weights,
-    keys_BTD: Tensor,
-    values_BTD: Tensor,
-    token_weights_BT: Tensor,
-    step_sizes: Tensor,
-    inner_steps: int,
-    activation: Activation,
-) -> Weights:
-    """`inner_steps` steps of W_l <- W_l - theta_l grad_l; step_sizes [depth], in the dtype of the fast weights."""
-    for _ in range(inner_steps):
-        _, gradients = network.loss_and_gradient(weights, keys_BTD, values_BTD, token_weights_BT, activation)
-        weights = tuple(
-            w - step_sizes[level] * g.to(w.dtype) for level, (w, g) in enumerate(zip(weights, gradients, strict=True))
-        )
-    return weights
+@dataclass(frozen=True)
+class Pairs:
+    """What to store: keys and values [N, C, D]; log(1 - alpha_t) [N, C] for the exact delta rule only."""
+
+    keys: Tensor
+    values: Tensor
+    log_keep: Tensor | None = None
+
+
+def pool(x_NRCD: Tensor, active_NRC: Tensor) -> Tensor:
+    """The mean over a chunk's tokens to store, as a chunk of one token: a write of rank 1 per matrix. [N, R, 1, D]."""
+    shares = active_NRC.to(x_NRCD.dtype) / active_NRC.sum(dim=-1, keepdim=True).clamp(min=1).to(x_NRCD.dtype)
+    return shares.unsqueeze(-2) @ x_NRCD
+
+
+def write_chunk(fast: Fast, pairs: Pairs, c: Coefficients, inner: Inner, at: Terms | None = None) -> Fast:
+    """The fast weights after one chunk.
+
+    Args:
+        fast: before the chunk.
+        pairs: what to store.
+        c: weights and factors of this chunk.
+        inner: the problem.
+        at: parts of the gradients at other weights than the chunk's start (`span`).
+    """
+    if inner.rule.chunk_semantics == "delta":
+        return _write_exactly(fast, pairs, c, inner)
+    for k in range(inner.inner_steps):
+        surprise = _surprise(fast.weights, pairs, c, inner, at)
+        sizes = inner.step_sizes * _schedule(k, inner)
+        fast = step(fast, surprise, c if k == 0 else without_forgetting(c), sizes, inner.rule, pairs.keys.dtype)
+    return fast
+
+
+def _write_exactly(fast: Fast, pairs: Pairs, c: Coefficients, inner: Inner) -> Fast:
+    if inner.inner_steps == 0 or pairs.log_keep is None:
+        return fast
+    steps_NC = c.surprise * inner.step_sizes[0]
+    return Fast((delta_rule(fast.weights[0], pairs.keys, pairs.values, steps_NC, pairs.log_keep),))
+
+
+def _surprise(weights: Weights, pairs: Pairs, c: Coefficients, inner: Inner, at: Terms | None) -> Surprise:
+    rule, form = inner.rule, inner.form
+    once = c.to_weights is None and c.to_momentum is None
+    if once and at is None:  # weighting the error is cheaper than weighting every matrix's derivative
+        at = network.terms(weights, pairs.keys, pairs.values, form, c.surprise)
+        gradients = network.gradient(at)
+        surprise = Surprise(gradients, gradients)
+        return surprise if rule.max_gradient_norm is None else limit(surprise, gradients, rule.max_gradient_norm)
+    at = at or network.terms(weights, pairs.keys, pairs.values, form)
+    to_weights = network.gradient(at, c.surprise if c.to_weights is None else c.to_weights)
+    to_momentum = to_weights if c.to_momentum is None else network.gradient(at, c.to_momentum)
+    surprise = Surprise(to_weights, to_momentum)
+    if rule.max_gradient_norm is None:
+        return surprise
+    weighted = to_weights if c.to_weights is None else network.gradient(at, c.surprise)
+    return limit(surprise, weighted, rule.max_gradient_norm)
+
+
+def _schedule(k: int, inner: Inner) -> float:
+    """Factor of theta at inner step k: 1, or half a cosine from 1 at k = 0 to 0 at k = K."""
+    return 1.0 if inner.rule.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * k / inner.inner_steps))
+
+
+def choose(done_N: Tensor, new: Fast, old: Fast) -> Fast:
+    """Row by row the new state, where a chunk was finished, or the old one."""
+
+    def pick(yes: Weights, no: Weights) -> Weights:
+        return tuple(torch.where(done_N.view(-1, 1, 1), y, n) for y, n in zip(yes, no, strict=True))
+
+    steps = None if new.steps is None or old.steps is None else torch.where(done_N, new.steps, old.steps)
+    weights = pick(new.weights, old.weights)
+    return Fast(weights, pick(new.momentum, old.momentum), pick(new.second, old.second), steps)

@@ -1,9 +1,15 @@
 """MemoryState: the fast weights of every grafted layer, as a value that nothing changes in place.
 
-A layer's state is a dict of tensors with a leading batch dimension:
-    w0, w1, …     fast weights, fp32 [B, O, I]
-    last_hidden   under token shift: the hidden state of the last token written, [B, H]
-    has_last      under token shift: 1 where there is such a token, fp32 [B]
+A layer's state is a dict of tensors with a leading batch dimension; fp32 unless said (fp64 where the weights are):
+    w0, w1, …      fast weights [B, O, I]; [B, heads, O, I] with several heads
+    s0, s1, …      with momentum: S of each, the same shapes
+    v0, v1, …      under adamw: second moments; inner_step [B]: its steps so far
+    last_hidden    under token shift: the hidden state of the last token written, [B, H], its dtype
+    has_last       under token shift: 1 where there is such a token, [B]
+    tail_hidden    with convolutions: the hidden states of the last tokens written, [B, K, H], their dtype
+    pending_keys, pending_values    in chunks of C: the unfinished chunk's, [B, C - 1, D], the dtype of hidden states
+    pending_gates, pending_paired   in chunks: its gates' logits [B, C - 1, G], and 1 where there is a pair [B, C - 1, 1]
+    pending_count  in chunks: its tokens so far, [B]
 """
 
 from __future__ import annotations
