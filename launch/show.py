@@ -11,7 +11,12 @@ from rich.table import Table
 
 from titans_ds.training.evaluation import Estimate, Evaluation
 
-_NAMES = {"memory": "with memory", "ablated": "without memory (ablated)", "wrong": "memory of another repository"}
+_NAMES = {
+    "base": "loss",
+    "memory": "with memory",
+    "ablated": "without memory (ablated)",
+    "wrong": "memory of another repository",
+}
 
 
 class TerminalReporter:
@@ -60,7 +65,7 @@ def print_comparison(console: Console, evaluation: Evaluation) -> None:
     table.add_column("minus loss with memory ± SE (paired)", justify="right")
     for mode, loss in evaluation.losses.items():
         difference = evaluation.differences.get(mode)
-        table.add_row(_NAMES[mode] if evaluation.differences else "loss", _text(loss), _text(difference))
+        table.add_row(_NAMES[mode], _text(loss), _text(difference))
     console.print(table)
 
 

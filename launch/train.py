@@ -49,6 +49,7 @@ STOPPED = 143  # 128 + SIGTERM, as a shell reports it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code: 0, 2 for an error that the user can mend, 143 after SIGTERM."""
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         config, text = parse(sys.argv[1:] if argv is None else argv)
         return train(config, text)
@@ -128,7 +129,8 @@ def make_engine(
             clip=config.optimizer.clip,
             bf16=config.model.dtype == "bfloat16",
         )
-    with contextlib.nullcontext() if settings is None else partitioned_loading(settings):
+    pretrained = settings is not None and config.model.base is not None  # random weights are the same at every stage
+    with partitioned_loading(settings) if pretrained else contextlib.nullcontext():
         base = build.load_base(config.model, config.training.seed, corpus.vocab_size)
     corpus.check_vocabulary(build.vocabulary_of(base))
     module = build.make_module(base, config)

@@ -25,6 +25,7 @@ from titans_ds.training.segments import IGNORED, Batch, RepositoryReader, Segmen
 from titans_ds.training.settings import EvaluationSettings
 
 MODES = ("memory", "ablated", "wrong")
+PLAIN = ("base",)  # of a model without memory
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Evaluator:
     def __init__(self, reader: RepositoryReader, settings: EvaluationSettings, seed: int, with_memory: bool) -> None:
         self._reader, self._settings, self._with_memory = reader, settings, with_memory
         self._first = 1 if with_memory else 0
+        self._modes = MODES if with_memory else PLAIN
         self.groups = self._make_groups(np.random.default_rng([seed, 1]))
 
     def _make_groups(self, rng: np.random.Generator) -> list[Group]:
@@ -125,7 +127,8 @@ class Evaluator:
             counted = time >= self._first
             outputs = run_segment(engine, batch, state, Mode(write=self._with_memory))
             if counted:
-                _add(sums, batch, "memory", outputs.row_losses)
+                _add(sums, batch, self._modes[0], outputs.row_losses)
+                _count(sums, batch)
             if counted and self._with_memory:
                 _add(sums, batch, "ablated", run_segment(engine, batch, state, Mode(memory=False)).row_losses)
                 wrong = _swap(state, group, rows, engine.device)
@@ -137,7 +140,7 @@ class Evaluator:
 
     def _summarise(self, parts: list[dict[int, dict[str, float]]]) -> Evaluation:
         sums = {repo: values for part in parts for repo, values in part.items()}
-        modes = MODES if self._with_memory else MODES[:1]
+        modes = self._modes
         repositories = [
             RepositoryLosses(
                 self._reader.split.repo_names[repo], int(v["tokens"]), {m: v[m] / v["tokens"] for m in modes}
@@ -145,7 +148,7 @@ class Evaluator:
             for repo, v in sorted(sums.items())
         ]
         losses = {mode: estimate([r.losses[mode] for r in repositories]) for mode in modes}
-        differences = {m: estimate([r.losses[m] - r.losses["memory"] for r in repositories]) for m in modes[1:]}
+        differences = {m: estimate([r.losses[m] - r.losses[modes[0]] for r in repositories]) for m in modes[1:]}
         return Evaluation(repositories, losses, differences)
 
 
@@ -173,8 +176,12 @@ def _swap(state: States | None, group: Group | None, rows: int, device: torch.de
 
 
 def _add(sums: dict[int, dict[str, float]], batch: Batch, mode: str, row_losses: torch.Tensor) -> None:
-    targets = (batch.labels != IGNORED).sum(axis=1)
-    for repo, count, loss in zip(batch.repos, targets, row_losses.tolist(), strict=True):
+    for repo, loss in zip(batch.repos, row_losses.tolist(), strict=True):
         if repo >= 0:
             sums[int(repo)][mode] += loss
-            sums[int(repo)]["tokens"] += float(count) * (mode == "memory")
+
+
+def _count(sums: dict[int, dict[str, float]], batch: Batch) -> None:
+    for repo, targets in zip(batch.repos, (batch.labels != IGNORED).sum(axis=1), strict=True):
+        if repo >= 0:
+            sums[int(repo)]["tokens"] += float(targets)

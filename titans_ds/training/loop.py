@@ -19,6 +19,7 @@ from titans_ds.training.engine import Engine
 from titans_ds.training.evaluation import Evaluation, Evaluator
 from titans_ds.training.lanes import Lanes
 from titans_ds.training.metrics import MetricsWriter, gradient_norms, memory_stats, peak_host_bytes, peak_memory_bytes
+from titans_ds.training.module import Mode
 from titans_ds.training.optimizer import lr_at
 from titans_ds.training.run_folder import RunFolder
 from titans_ds.training.settings import TrainConfig
@@ -132,7 +133,9 @@ class Trainer:
         """One optimizer step; returns whether a rank was asked to stop."""
         start, step, config = time.perf_counter(), self.progress.step, self.config
         logging = (step + 1) % config.training.log_interval == 0 or step + 1 == config.training.steps
-        passes = run_passes(self.engine, self.lanes, self.carried, config.training, ranks.world_size(), stats=logging)
+        passes = run_passes(
+            self.engine, self.lanes, self.carried, config.training, ranks.world_size(), Mode(stats=logging)
+        )
         gates = self.engine.gradients(list(self._gates.values())) if logging else {}
         norms = gradient_norms(gates)
         verdict = self._agree(passes, commit(passes, self.carried))

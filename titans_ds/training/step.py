@@ -7,16 +7,25 @@ the factor of world_size.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from titans_ds.memory import MemoryState
 from titans_ds.training.engine import Engine
-from titans_ds.training.lanes import Lanes, Step
+from titans_ds.training.lanes import Step
 from titans_ds.training.module import Mode, Outputs, States, detach, run_segment
 from titans_ds.training.settings import TrainingSettings
+
+
+class Source(Protocol):
+    """Where segments come from: Lanes, or anything that gives batches like theirs."""
+
+    def next(self) -> Step:
+        """The next segment of every lane."""
 
 
 @dataclass
@@ -53,9 +62,24 @@ class Passes:
 
 
 def run_passes(
-    engine: Engine, lanes: Lanes, carried: Carried, settings: TrainingSettings, world_size: int, stats: bool = False
+    engine: Engine,
+    lanes: Source,
+    carried: Carried,
+    settings: TrainingSettings,
+    world_size: int,
+    mode: Mode = Mode(),  # noqa: B008 (frozen)
 ) -> Passes:
-    """Forward and backward of one optimizer step; gradients are left in the engine."""
+    """Forward and backward of one optimizer step; gradients are left in the engine.
+
+    Args:
+        engine: runs the module.
+        lanes: give the segments.
+        carried: states from the step before; see `commit`.
+        settings: order, window, accumulation.
+        world_size: number of ranks.
+        mode: of every forward pass; the order decides about the graph of the writes.
+    """
+    mode = dataclasses.replace(mode, graph=settings.order == "second")
     windows = [[lanes.next() for _ in range(settings.window)] for _ in range(settings.accumulation)]
     _restart_rows(windows[0][0], carried)
     targets = sum(step.total_targets for window in windows for step in window)
@@ -63,9 +87,9 @@ def run_passes(
     for number, window in enumerate(windows):
         last = number == len(windows) - 1
         if settings.order == "second":
-            _second_order(engine, window, passes, world_size / targets, last, stats)
+            _second_order(engine, window, passes, world_size / targets, last, mode)
         else:
-            _first_order(engine, window, passes, world_size / targets, last, stats)
+            _first_order(engine, window, passes, world_size / targets, last, mode)
     return passes
 
 
@@ -88,18 +112,18 @@ def _restart_rows(step: Step, carried: Carried) -> None:
         step.batch.reset[:] |= carried.restart.cpu().numpy()
 
 
-def _first_order(engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, stats: bool) -> None:
+def _first_order(engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, mode: Mode) -> None:
     for number, step in enumerate(window):
-        outputs = run_segment(engine, step.batch, passes.state, Mode(stats=stats))
+        outputs = run_segment(engine, step.batch, passes.state, mode)
         engine.backward(outputs.loss_sum * scale, last=last and number == len(window) - 1)
         _note(passes, step, outputs)
         passes.state = detach(outputs.state)
 
 
-def _second_order(engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, stats: bool) -> None:
+def _second_order(engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, mode: Mode) -> None:
     loss = torch.zeros((), device=engine.device)
     for step in window:
-        outputs = run_segment(engine, step.batch, passes.state, Mode(graph=True, stats=stats))
+        outputs = run_segment(engine, step.batch, passes.state, mode)
         loss = loss + outputs.loss_sum
         _note(passes, step, outputs)
         passes.state = outputs.state
