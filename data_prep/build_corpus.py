@@ -18,7 +18,7 @@ from typing import Any
 from .console import STDERR, command_line, run_program
 from .corpus import build, build_shard, work_folder
 from .errors import DataPrepError
-from .licenses import PERMISSIVE
+from .licenses import allow_list
 from .settings import ORDERS, CorpusSettings
 from .sources import (
     ArchiveFolder,
@@ -86,13 +86,11 @@ def _add_splits(group: Any) -> None:
 
 
 def _settings(options: argparse.Namespace) -> CorpusSettings:
-    names = [name for name in options.licenses.split(",") if name]
-    licenses = [spdx for name in names for spdx in (PERMISSIVE if name == "permissive" else (name,))]
     return CorpusSettings(
         min_files=options.min_files,
         min_stars=options.min_stars,
         max_file_bytes=options.max_file_bytes,
-        licenses=tuple(dict.fromkeys(licenses)),
+        licenses=allow_list(options.licenses),
         require_license=options.require_license,
         require_import=not options.no_require_import,
         require_parse=options.require_parse,

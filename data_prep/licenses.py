@@ -40,6 +40,7 @@ _ALIASES = {
     "bsd": "BSD-3-Clause", "bsd license": "BSD-3-Clause", "3-clause bsd license": "BSD-3-Clause",
     "bsd 3-clause": "BSD-3-Clause", "bsd 3-clause license": "BSD-3-Clause", "new bsd": "BSD-3-Clause",
     "modified bsd license": "BSD-3-Clause", "bsd 2-clause": "BSD-2-Clause", "psf": "PSF-2.0", "psfl": "PSF-2.0",
+    "apache software license": "Apache-2.0", "bsd-3": "BSD-3-Clause",
     "mpl 2.0": "MPL-2.0", "gplv3": "GPL-3.0-only", "gpl v3": "GPL-3.0-only",
 }  # fmt: skip
 _TEXTS = (
@@ -86,6 +87,13 @@ def license_from_metadata(metadata: Message | Any) -> str:
 def license_from_text(text: str) -> str:
     """Return the SPDX identifier of a licence file's text, "" where it is not one of the usual texts."""
     return next((spdx for pattern, spdx in _TEXTS if re.search(pattern, text[:20_000])), "")
+
+
+def allow_list(text: str) -> tuple[str, ...]:
+    """Parse "MIT,Apache-2.0"; `permissive` stands for PERMISSIVE."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    licenses = [spdx for name in names for spdx in (PERMISSIVE if name == "permissive" else (name,))]
+    return tuple(dict.fromkeys(licenses))
 
 
 def license_allowed(expression: str, allowed: Iterable[str]) -> bool:
