@@ -106,7 +106,7 @@ def _feature(
         ]
     if config.features.activation == "silu":
         projected = [F.silu(x) for x in projected]
-    return [list(x.split(config.head_dim)) for x in projected]
+    return [list(torch.split(x, config.head_dim)) for x in projected]
 
 
 def _logits(parameters: Parameters, h: Tensor, head: int, config: MemoryConfig) -> dict[str, Tensor]:
@@ -269,7 +269,7 @@ def _clip(total: list[Tensor], config: MemoryConfig) -> Tensor:
     if config.rule.max_gradient_norm is None:
         return torch.ones((), dtype=torch.float64)
     norm = (sum((g.square().sum() for g in total), torch.zeros(())) + 1e-12).sqrt()
-    return (config.rule.max_gradient_norm / norm).clamp(max=1.0)
+    return torch.clamp(config.rule.max_gradient_norm / norm, max=1.0)
 
 
 def _sum(gradients: list[list[Tensor]], shares: list[Tensor]) -> list[Tensor]:

@@ -8,7 +8,8 @@ A layer's state is a dict of tensors with a leading batch dimension; fp32 unless
     has_last       under token shift: 1 where there is such a token, [B]
     tail_hidden    with convolutions: the hidden states of the last tokens written, [B, K, H], their dtype
     pending_keys, pending_values    in chunks of C: the unfinished chunk's, [B, C - 1, D], the dtype of hidden states
-    pending_gates, pending_paired   in chunks: its gates' logits [B, C - 1, G], and 1 where there is a pair [B, C - 1, 1]
+    pending_gates  in chunks: its gates' logits, [B, C - 1, gates * heads]
+    pending_paired in chunks: 1 where there is a pair to store, [B, C - 1, 1]
     pending_count  in chunks: its tokens so far, [B]
 """
 
