@@ -1,0 +1,110 @@
+"""A chain of commands that can be stopped and repeated: what is done is skipped, what changed is done again.
+
+Each stage is one command with one product. After it has succeeded a stamp is written that holds a hash of the command,
+of the files it reads its settings from, and of all stages before it; a stage with a fitting stamp and its product in
+place is skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from titans_ds.errors import TitansError
+
+
+class StageError(TitansError):
+    """A command of the chain failed; its own message stands above."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Args:
+        title: what it does, in a few words.
+        program: what runs it: an interpreter or a launcher, with its own options. Another one makes the same product.
+        arguments: what it does.
+        product: folder that it makes. Removed before it runs, so it must be a folder of the chain's own.
+        settings: files among the arguments whose change makes another product.
+    """
+
+    title: str
+    program: Sequence[str]
+    arguments: Sequence[str]
+    product: Path
+    settings: Sequence[Path] = ()
+
+    @property
+    def command(self) -> list[str]:
+        """As it is run."""
+        return [*self.program, *self.arguments]
+
+
+def run_stages(
+    stages: Sequence[Stage], stamps: Path, cwd: Path, environment: dict[str, str], say: Callable[[str], None]
+) -> list[Stage]:
+    """Run what is not done yet; returns the stages that ran.
+
+    Args:
+        stages: in order; each may use the products of those before.
+        stamps: folder of the stamps.
+        cwd: where the commands run.
+        environment: added to this process's.
+        say: takes one line of progress.
+
+    Raises:
+        StageError: a command failed. The stages before it stay done.
+    """
+    ran, before = [], ""
+    for number, stage in enumerate(stages, start=1):
+        before = _fingerprint(before, stage)
+        stamp = stamps / f"{stage.product.name}.json"
+        if _is_done(stamp, before, stage.product):
+            say(f"[{number}/{len(stages)}] {stage.title}: done already")
+            continue
+        say(f"[{number}/{len(stages)}] {stage.title} …")
+        seconds = _run(stage, stamp, cwd, environment)
+        _write_stamp(stamp, before, stage, seconds)
+        ran.append(stage)
+        say(f"[{number}/{len(stages)}] {stage.title}: {seconds:.0f} s")
+    return ran
+
+
+def _fingerprint(before: str, stage: Stage) -> str:
+    texts = [path.read_text() for path in stage.settings]
+    return hashlib.sha256(json.dumps([before, list(stage.arguments), texts]).encode()).hexdigest()
+
+
+def _is_done(stamp: Path, fingerprint: str, product: Path) -> bool:
+    if not (stamp.is_file() and product.exists()):
+        return False
+    return bool(json.loads(stamp.read_text())["fingerprint"] == fingerprint)
+
+
+def _run(stage: Stage, stamp: Path, cwd: Path, environment: dict[str, str]) -> float:
+    stamp.unlink(missing_ok=True)
+    shutil.rmtree(stage.product, ignore_errors=True)
+    start = time.perf_counter()
+    done = subprocess.run(stage.command, cwd=cwd, env=os.environ | environment, check=False)
+    if done.returncode or not stage.product.exists():
+        raise StageError(
+            f"{stage.title}: the command ended with exit code {done.returncode} (its own message stands above):\n  "
+            + " ".join(stage.command)
+        )
+    return time.perf_counter() - start
+
+
+def _write_stamp(stamp: Path, fingerprint: str, stage: Stage, seconds: float) -> None:
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    partial = stamp.with_suffix(".part")
+    values = {"fingerprint": fingerprint, "command": stage.command, "seconds": round(seconds, 1)}
+    partial.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(partial, stamp)

@@ -1,0 +1,83 @@
+"""The demo's chain of commands: skips what is done, repeats what changed, and says what a comparison means."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.stages import Stage, StageError, run_stages
+from launch.verdict import sentence
+from titans_ds.training.evaluation import Estimate, Evaluation
+
+APPEND = (
+    "import os, sys; os.makedirs(sys.argv[1]); open(sys.argv[1] + '/x', 'w').write(os.environ['WORD'] + sys.argv[2])"
+)
+
+
+def make_stage(folder: Path, name: str, text: str, **changes: object) -> Stage:
+    product = folder / name
+    return replace(Stage(name, [sys.executable, "-c", APPEND], [str(product), text], product), **changes)
+
+
+def run_all(folder: Path, stages: list[Stage], word: str = "w") -> list[str]:
+    """Titles of the stages that ran."""
+    return [s.title for s in run_stages(stages, folder / "stamps", folder, {"WORD": word}, lambda line: None)]
+
+
+def test_done_stages_are_skipped_and_a_change_repeats_the_rest(tmp_path: Path) -> None:
+    stages = [make_stage(tmp_path, name, "1") for name in "abc"]
+    assert run_all(tmp_path, stages) == ["a", "b", "c"]
+    assert run_all(tmp_path, stages) == []
+    stages[1] = make_stage(tmp_path, "b", "2")
+    assert run_all(tmp_path, stages) == ["b", "c"]
+    assert (tmp_path / "b/x").read_text() == "w2"
+
+
+def test_a_missing_product_is_made_again(tmp_path: Path) -> None:
+    stages = [make_stage(tmp_path, name, "1") for name in "ab"]
+    run_all(tmp_path, stages)
+    (tmp_path / "a/x").unlink()
+    (tmp_path / "a").rmdir()
+    assert run_all(tmp_path, stages) == ["a"]
+
+
+def test_another_program_makes_the_same_product_and_another_settings_file_does_not(tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("one")
+    stage = make_stage(tmp_path, "a", "1", settings=[settings])
+    run_all(tmp_path, [stage])
+    assert run_all(tmp_path, [replace(stage, program=[sys.executable, "-s", "-c", APPEND])]) == []
+    settings.write_text("two")
+    assert run_all(tmp_path, [stage]) == ["a"]
+
+
+def test_a_failed_stage_says_so_and_is_not_done(tmp_path: Path) -> None:
+    good, bad = (
+        make_stage(tmp_path, "a", "1"),
+        make_stage(tmp_path, "b", "1", program=[sys.executable, "-c", "exit(3)"]),
+    )
+    with pytest.raises(StageError, match="exit code 3"):
+        run_all(tmp_path, [good, bad])
+    assert run_all(tmp_path, [good, replace(bad, program=good.program)]) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("ablated", "wrong", "expected"),
+    [
+        (0.5, 0.5, "it remembers what it has read, and that helps."),
+        (0.5, 0.01, "what helps is the added path itself, not what was remembered."),
+        (0.5, -0.5, "what helps is the added path itself, not what was remembered."),
+        (0.01, 0.5, "it remembers something, but that does not pay for its disturbance."),
+        (-0.5, 0.5, "it remembers something, but disturbs the model more than that helps."),
+        (-0.5, 0.0, "nothing shows here that it remembers anything of use."),
+        (float("nan"), float("nan"), "Lower graft.memory.step_size."),
+    ],
+)
+def test_sentence(ablated: float, wrong: float, expected: str) -> None:
+    """Standard errors are 0.1, so that 0.5 counts and 0.01 does not."""
+    losses = {"memory": Estimate(4.0 if ablated == ablated else ablated, 0.1)}
+    evaluation = Evaluation([], losses, {"ablated": Estimate(ablated, 0.1), "wrong": Estimate(wrong, 0.1)})
+    assert sentence(evaluation).endswith(expected)
