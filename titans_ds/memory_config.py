@@ -237,6 +237,10 @@ class MemoryConfig:
                     len(values) == self.depth and min(values) >= 0,
                     f"memory.{name} is {values}; expected {self.depth} numbers, one per matrix of f_W, none negative",
                 )
+        require(
+            not self.learn_step_size or min(self.step_sizes) > 0,
+            f"memory.learn_step_size starts from rule.step_sizes {self.step_sizes}; they must be above 0",
+        )
 
     def _check_initial_weights(self) -> None:
         require(self.initial_scale >= 0, f"memory.initial_scale is {self.initial_scale}; it must not be negative")

@@ -227,14 +227,14 @@ def _change(memory: Memory, level: int, g: Tensor, theta: Tensor, eta: Tensor, c
         return -theta * orthogonalized(memory.momentum[level], rule.newton_schulz_steps)
     memory.momentum[level] = rule.momentum * memory.momentum[level] + (1 - rule.momentum) * g
     memory.second[level] = rule.adam_beta2 * memory.second[level] + (1 - rule.adam_beta2) * g**2
-    first = memory.momentum[level] / (1 - rule.momentum**memory.steps)
-    second = memory.second[level] / (1 - rule.adam_beta2**memory.steps)
+    first = memory.momentum[level] / (1 - math.pow(rule.momentum, memory.steps))
+    second = memory.second[level] / (1 - math.pow(rule.adam_beta2, memory.steps))
     return -theta * first / (second.clamp(min=1e-30).sqrt() + 1e-8)
 
 
 def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
     """The quintic acts on singular values: U p(...p(sigma)) V^T, p(x) = a x + b x^3 + c x^5, by the odd powers of X."""
-    x = matrix / matrix.norm()
+    x: Tensor = matrix / torch.linalg.matrix_norm(matrix)
     for _ in range(steps):
         cube = x @ x.T @ x
         x = 3.4445 * x - 4.7750 * cube + 2.0315 * (cube @ x.T @ x)
@@ -268,7 +268,7 @@ def _shares(tokens: list[Token], config: MemoryConfig) -> list[Tensor]:
 def _clip(total: list[Tensor], config: MemoryConfig) -> Tensor:
     if config.rule.max_gradient_norm is None:
         return torch.ones((), dtype=torch.float64)
-    norm = (sum((g.square().sum() for g in total), torch.zeros(())) + 1e-12).sqrt()
+    norm: Tensor = (sum((g.square().sum() for g in total), torch.zeros(())) + 1e-12).sqrt()
     return torch.clamp(config.rule.max_gradient_norm / norm, max=1.0)
 
 
