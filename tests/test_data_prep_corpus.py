@@ -36,7 +36,9 @@ def write_starcoderdata(folder: Path, rows: list[dict[str, Any]], num_files: int
     kinds = (pa.string(), pa.string(), pa.int64(), pa.string(), pa.string())
     for number in range(num_files):
         part = rows[number::num_files]
-        columns = [pa.array([row.get(name) for row in part], type=kind) for name, kind in zip(names, kinds, strict=True)]
+        columns = [
+            pa.array([row.get(name) for row in part], type=kind) for name, kind in zip(names, kinds, strict=True)
+        ]
         pq.write_table(pa.table(columns, names=names), folder / f"part-{number}.parquet", row_group_size=7)
     return folder
 
@@ -80,7 +82,12 @@ def _repositories(draw: st.DrawFn) -> list[dict[str, Any]]:
             seed = draw(st.integers(0, 40))
             tags = f"<reponame>o/r{number}<filename>{path}<gh_stars>0\n" if draw(st.booleans()) else ""
             kind = draw(st.sampled_from(["ok"] * 6 + ["empty", "nul", "generated"]))
-            content = {"ok": text + body(seed), "empty": " \n", "nul": "a\0b", "generated": "# Automatically generated\n"}
+            content = {
+                "ok": text + body(seed),
+                "empty": " \n",
+                "nul": "a\0b",
+                "generated": "# Automatically generated\n",
+            }
             rows.append(row(f"o/r{number}", path, tags + content[kind], stars))
     return draw(st.permutations(rows))
 

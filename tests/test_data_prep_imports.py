@@ -78,7 +78,12 @@ def test_scanner_reads_files_that_do_not_parse() -> None:
         (["a.py", "b.py"], "a.py", "from ...b import x", ""),
         (["src/pkg/a.py", "tests/test_a.py"], "tests/test_a.py", "from pkg.a import x", "src/pkg/a.py"),
         (["python/pkg/a.py", "run.py"], "run.py", "import pkg.a", "python/pkg/a.py"),
-        (["deep/project/pkg/a.py", "deep/project/run.py"], "deep/project/run.py", "import pkg.a", "deep/project/pkg/a.py"),
+        (
+            ["deep/project/pkg/a.py", "deep/project/run.py"],
+            "deep/project/run.py",
+            "import pkg.a",
+            "deep/project/pkg/a.py",
+        ),
         (["models.py", "train.py"], "train.py", "from my_repo.models import M", "models.py"),
         (["src/models.py", "train.py"], "train.py", "from my_repo import models", "src/models.py"),
         (["scripts/a.py", "scripts/b.py"], "scripts/a.py", "import b", "scripts/b.py"),

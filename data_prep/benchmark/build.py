@@ -12,7 +12,7 @@ from ..console import progress_bar
 from ..crosscodeeval import CrossCodeEvalRow, CrossFileChunk, build_crossfile_text
 from ..errors import DataPrepError
 from ..hashing import hash64
-from ..output import atomic_folder, sha256_of, write_json, write_jsonl
+from ..output import atomic_folder, sha256_of, write_json, write_jsonl, write_text
 from ..settings import CorpusSettings
 from ..sources.base import Source
 from .languages import LANGUAGES, Language
@@ -43,6 +43,7 @@ class _Built:
     dropped: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     repositories: list[dict[str, Any]] = field(default_factory=list)
+    license_texts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def build_benchmark(
         mine = [target for target in chosen if (repository.name, target.file, target.start) in kept]
         if mine:
             _add_repository(built, repository, mine, settings, ranker, language)
+            for name, text in source.license_texts(repository.unit).items():
+                built.license_texts[f"{repository.label}/{name.replace('/', '_')}"] = text
     _require_samples(built, len(found))
     return _write(built, source, files, settings, ranker, out, command)
 
@@ -190,6 +193,8 @@ def _write(
                 path = folder / variant / settings.language / f"line_completion{suffix}.jsonl"
                 write_jsonl(path, [row.to_json() for row in rows])
                 hashes[path.relative_to(folder).as_posix()] = sha256_of(path)
+        for name, text in built.license_texts.items():
+            write_text(folder / "licenses" / name, text)
         manifest = {
             "command": command,
             "source": source.describe(),

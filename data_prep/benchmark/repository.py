@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..file_filters import rejection
 from ..settings import CorpusSettings
-from ..sources.base import Source
+from ..sources.base import Source, Unit
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Repository:
     version: str
     license: str
     files: dict[str, str]
+    unit: Unit
     rejected: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -34,7 +35,7 @@ def read_repositories(source: Source, settings: CorpusSettings) -> Iterator[Repo
             if current is None or current.name != file.repo:
                 if current is not None:
                     yield current
-                current = Repository(file.repo, file.version, file.license, {})
+                current = Repository(file.repo, file.version, file.license, {}, unit)
             reason = rejection(file, settings)
             if reason or file.content is None:
                 current.rejected[reason] = current.rejected.get(reason, 0) + 1

@@ -81,6 +81,12 @@ class ArchiveFolder(Source):
         except _BROKEN:
             yield SourceFile(repo, unit.key, None, problem="unreadable_archive")
 
+    def license_texts(self, unit: Unit) -> dict[str, str]:
+        """Return the texts of the archive's LICENSE, NOTICE and COPYING files."""
+        with _open_archive(Path(self.root, unit.key)) as archive:
+            read = {m.name: _read(archive, m, _MAX_METADATA_BYTES)[0] for m in _members(archive) if _is_license(m.name)}
+        return {name: content.decode("utf-8", "replace") for name, content in read.items() if content}
+
     def _archives(self) -> list[Path]:
         require_folder(Path(self.root), "a folder of wheels, sdists or other archives")
         found = (path for path in Path(self.root).iterdir() if path.name.endswith(ARCHIVE_SUFFIXES))
@@ -157,8 +163,13 @@ def _metadata(archive: zipfile.ZipFile | tarfile.TarFile, members: list[_Member]
     if license_id:
         return license_id, version
     for member in by_depth:
-        if PurePosixPath(member.name).name.upper().startswith(("LICENSE", "LICENCE", "COPYING")):
+        if _is_license(member.name):
             content, _ = _read(archive, member, _MAX_METADATA_BYTES)
             if found := license_from_text((content or b"").decode("utf-8", "replace")):
                 return found, version
     return "", version
+
+
+def _is_license(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix != ".py" and path.name.upper().startswith(("LICENSE", "LICENCE", "COPYING", "NOTICE"))

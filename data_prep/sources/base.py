@@ -57,3 +57,7 @@ class Source(Protocol):
     def read(self, unit: Unit, max_file_bytes: int) -> Iterator[SourceFile]:
         """Yield the unit's files. Files above `max_file_bytes` come without content, with problem "too_large"."""
         ...
+
+    def license_texts(self, unit: Unit) -> dict[str, str]:
+        """Return the unit's licence files, by name: what must go along where its code is passed on."""
+        return {}

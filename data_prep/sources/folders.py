@@ -52,6 +52,10 @@ class RepositoryFolders(Source):
             name = path.relative_to(folder).as_posix().encode("utf-8", "replace").decode()
             yield SourceFile(unit.key, name, content, license_id, None, version, problem)
 
+    def license_texts(self, unit: Unit) -> dict[str, str]:
+        """Return the texts of the licence files at the repository's root."""
+        return _license_files(Path(self.root, unit.key))
+
     def _repositories(self) -> list[str]:
         require_folder(Path(self.root), "a folder with one folder for each repository")
         pattern = "/".join(["*"] * self.depth)
@@ -59,13 +63,18 @@ class RepositoryFolders(Source):
         return sorted(path.relative_to(self.root).as_posix() for path in found if not path.name.startswith("."))
 
 
-def _license_of(folder: Path) -> str:
+def _license_files(folder: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
         if _LICENSE_NAME.match(path.name):
             content, _ = read_regular_file(path, _MAX_LICENSE_BYTES)
-            if content and (found := license_from_text(content.decode("utf-8", "replace"))):
-                return found
-    return ""
+            if content:
+                found[path.name] = content.decode("utf-8", "replace")
+    return found
+
+
+def _license_of(folder: Path) -> str:
+    return next(filter(None, map(license_from_text, _license_files(folder).values())), "")
 
 
 def commit_of(folder: Path) -> str:
