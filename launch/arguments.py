@@ -38,7 +38,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, str]:
     Raises:
         ConfigError: an unknown key (names the nearest), a wrong type, a missing file, or settings that can't work.
     """
-    arguments = [a for a in argv if not a.startswith(("--local_rank", "--local-rank"))]
+    arguments = [_full_name(a) for a in argv if not a.startswith(("--local_rank", "--local-rank"))]
     parser = make_parser()
     known = sorted(_known_keys(parser))
     _check_options(arguments, known)
@@ -54,6 +54,11 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, str]:
         raise ConfigError(_one_line(str(error))) from error
     values.pop("config", None)
     return TrainConfig(**vars(values)), text
+
+
+def _full_name(argument: str) -> str:
+    """--resume is short for --run.resume."""
+    return "--run." + argument[2:] if argument == "--resume" or argument.startswith("--resume=") else argument
 
 
 def _with_run_dir(arguments: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,19 @@ from launch.corpus import packed_corpus
 from launch.show import TerminalReporter, print_comparison
 from titans_ds.errors import ConfigError, TitansError
 from titans_ds.training import build, ranks
+from titans_ds.training.checkpoint import Checkpoints, Found
 from titans_ds.training.engine import Engine, TorchEngine
 from titans_ds.training.evaluation import Evaluator
 from titans_ds.training.lanes import Lanes, check_divisible
-from titans_ds.training.loop import Trainer
+from titans_ds.training.loop import Trainer, evaluation_due
 from titans_ds.training.metrics import peak_host_bytes
 from titans_ds.training.optimizer import make_optimizer
 from titans_ds.training.packed import PackedCorpus, open_corpus
+from titans_ds.training.resume import find, identity
 from titans_ds.training.run_folder import RunFolder
 from titans_ds.training.segments import RepositoryReader
 from titans_ds.training.settings import TrainConfig
-from titans_ds.zero.config import complete_config, read_config
+from titans_ds.zero.config import complete_config, read_config, zero_stage
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
 from titans_ds.zero.loading import partitioned_loading
 
@@ -71,9 +74,13 @@ def train(config: TrainConfig, text: str) -> int:
     train_reader, held_out = make_readers(config, corpus, tokenizer)
     lanes = Lanes(train_reader, config.data.num_lanes, ranks.rank(), ranks.world_size(), config.training.seed)
     evaluator = make_evaluator(config, held_out)
-    engine = make_engine(config, settings, corpus, device)
-    folder = make_folder(config, text)
-    stopped = run(config, engine, lanes, evaluator, folder, tokenizer)
+    own = identity(config, corpus, "torch" if settings is None else f"ZeRO-{zero_stage(settings)}")
+    found = find_checkpoint(config, own)
+    engine = make_engine(config, settings, corpus, device, universal=found is not None and found.universal)
+    folder = make_folder(config, text, found)
+    root = Path(str(config.run.dir)) / "checkpoints"
+    checkpoints = Checkpoints(root, config.checkpoint.keep, own, text, corpus.vocab_size)
+    stopped = run(Parts(config, engine, lanes, evaluator, folder, tokenizer, checkpoints, found))
     stop_ranks()
     return STOPPED if stopped else 0
 
@@ -116,9 +123,13 @@ def make_evaluator(config: TrainConfig, held_out: RepositoryReader | None) -> Ev
 
 
 def make_engine(
-    config: TrainConfig, settings: dict[str, Any] | None, corpus: PackedCorpus, device: torch.device
+    config: TrainConfig,
+    settings: dict[str, Any] | None,
+    corpus: PackedCorpus,
+    device: torch.device,
+    universal: bool = False,
 ) -> Engine:
-    """Base, graft, optimizer, engine."""
+    """Base, graft, optimizer, engine; `universal`: it will load a universal checkpoint."""
     world = ranks.world_size()
     if settings is not None:
         settings = complete_config(
@@ -129,6 +140,7 @@ def make_engine(
             clip=config.optimizer.clip,
             bf16=config.model.dtype == "bfloat16",
         )
+        settings = {**settings, "checkpoint": {**settings.get("checkpoint", {}), "load_universal": universal}}
     pretrained = settings is not None and config.model.base is not None  # random weights are the same at every stage
     with partitioned_loading(settings) if pretrained else contextlib.nullcontext():
         base = build.load_base(config.model, config.training.seed, corpus.vocab_size)
@@ -139,31 +151,69 @@ def make_engine(
     return DeepSpeedEngine(module, make_optimizer(module, config.optimizer), settings, device)
 
 
-def make_folder(config: TrainConfig, text: str) -> RunFolder | None:
-    """The run folder, on rank 0."""
-    made = ranks.on_rank_zero(lambda: RunFolder.create(str(config.run.dir), text, config.run.overwrite))
+def find_checkpoint(config: TrainConfig, own: dict[str, Any]) -> Found | None:
+    """What run.resume means, checked on rank 0 and the same on all."""
+    run, world = config.run, ranks.world_size()
+    return ranks.on_rank_zero(lambda: find(run.resume, Path(str(run.dir)), own, world, run.trust_checkpoint))
+
+
+def make_folder(config: TrainConfig, text: str, found: Found | None) -> RunFolder | None:
+    """The run folder, on rank 0: new, or as the checkpoint left it."""
+    path = Path(str(config.run.dir))
+
+    def make() -> RunFolder:
+        if found is not None and path.resolve() in found.path.resolve().parents:
+            again = config.evaluation.interval > 0 and evaluation_due(found.step, config)
+            return RunFolder.reopen(path, text, found.step, again)
+        restart = config.run.resume == "auto" and RunFolder(path).unfinished  # killed before its first checkpoint
+        return RunFolder.create(path, text, config.run.overwrite or restart)
+
+    made = ranks.on_rank_zero(make)
     return made if ranks.rank() == 0 else None
 
 
-def run(
-    config: TrainConfig,
-    engine: Engine,
-    lanes: Lanes,
-    evaluator: Evaluator | None,
-    folder: RunFolder | None,
-    tokenizer: Any,
-) -> bool:
+@dataclass(frozen=True)
+class Parts:
+    """What a Trainer is made of on this rank."""
+
+    config: TrainConfig
+    engine: Engine
+    lanes: Lanes
+    evaluator: Evaluator | None
+    folder: RunFolder | None
+    tokenizer: Any
+    checkpoints: Checkpoints
+    found: Found | None
+
+    def trainer(self, reporter: TerminalReporter | None = None) -> Trainer:
+        """Ready to run; restores the checkpoint."""
+        return Trainer(
+            self.config,
+            self.engine,
+            self.lanes,
+            self.evaluator,
+            self.folder,
+            reporter,
+            self.tokenizer,
+            self.checkpoints,
+            self.found,
+        )
+
+
+def run(parts: Parts) -> bool:
     """The loop, with a progress bar on rank 0, and the comparison at its end. Returns whether it was stopped early."""
     hosts = ranks.gather(peak_host_bytes())
-    if folder is None:
-        return Trainer(config, engine, lanes, evaluator).run().stopped
+    if parts.folder is None:
+        return parts.trainer().run().stopped
     console = Console()
-    describe(console, engine, hosts)
-    with TerminalReporter(config.training.steps) as reporter:
-        outcome = Trainer(config, engine, lanes, evaluator, folder, reporter, tokenizer).run()
+    describe(console, parts.engine, hosts)
+    if parts.found is not None:
+        console.print(f"going on from {parts.found.path}", highlight=False)
+    with TerminalReporter(parts.config.training.steps) as reporter:
+        outcome = parts.trainer(reporter).run()
     if outcome.evaluation is not None:
         print_comparison(console, outcome.evaluation)
-    console.print(f"run folder: {folder.path}", highlight=False)
+    console.print(f"run folder: {parts.folder.path}", highlight=False)
     return outcome.stopped
 
 

@@ -33,3 +33,7 @@ class StateError(TitansError):
 
 class TrainingError(TitansError):
     """A run can't go on: its losses are not finite, or it can't be saved."""
+
+
+class CheckpointError(TitansError):
+    """A checkpoint is torn, of another run, or can't be written."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from titans_ds.training import torch_checkpoint
 from titans_ds.training.module import TrainingModule
 from titans_ds.zero.adamw import SkippableAdamW
 
@@ -46,6 +48,16 @@ class Engine(Protocol):
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank."""
+
+    def save(self, folder: Path) -> None:
+        """Write trained parameters and optimizer into a folder that exists.
+
+        Raises:
+            CheckpointError, or any error of writing: on the ranks that can't; the others are not held up.
+        """
+
+    def load(self, folder: Path, universal: bool) -> None:
+        """The inverse of `save`, on an engine that was just made; `universal`: in DeepSpeed's universal format."""
 
 
 class TorchEngine:
@@ -110,8 +122,7 @@ class TorchEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.module.zero_grad()
-        for parameter, master in self._masters:
-            parameter.data.copy_(master.data)
+        self._copy_masters()
         return norm, self.optimizer.applied
 
     def parameters(self, names: list[str]) -> dict[str, Tensor]:
@@ -123,3 +134,21 @@ class TorchEngine:
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state."""
         return self.optimizer.state_bytes()
+
+    def named_masters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer updates, by the parameter's name in the module."""
+        masters = {id(p): m for p, m in self._masters}
+        return {n: masters.get(id(p), p) for n, p in self.module.named_parameters() if p.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """Write trained parameters and optimizer."""
+        torch_checkpoint.save(folder, self.named_masters(), self.optimizer)
+
+    def load(self, folder: Path, universal: bool) -> None:
+        """The inverse of `save`; there is nothing universal about it."""
+        torch_checkpoint.load(folder, self.named_masters(), self.optimizer)
+        self._copy_masters()
+
+    def _copy_masters(self) -> None:
+        for parameter, master in self._masters:
+            parameter.data.copy_(master.data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import signal
 import time
@@ -15,6 +16,7 @@ import torch
 from titans_ds.errors import TrainingError
 from titans_ds.training import ranks
 from titans_ds.training.build import gate_names, save_trained
+from titans_ds.training.checkpoint import Checkpoints, Found, restore
 from titans_ds.training.engine import Engine
 from titans_ds.training.evaluation import Evaluation, Evaluator
 from titans_ds.training.lanes import Lanes
@@ -24,6 +26,8 @@ from titans_ds.training.optimizer import lr_at
 from titans_ds.training.run_folder import RunFolder
 from titans_ds.training.settings import TrainConfig
 from titans_ds.training.step import Carried, Passes, commit, run_passes
+
+logger = logging.getLogger("titans_ds")
 
 
 class Reporter(Protocol):
@@ -82,6 +86,8 @@ class Trainer:
         folder: of the run, on rank 0; None elsewhere.
         reporter: shows progress, on rank 0; None elsewhere.
         tokenizer: saved beside a trained base model.
+        checkpoints: where the run is saved, on every rank; None for a run without checkpoints.
+        found: the checkpoint that it goes on from; None from the beginning.
     """
 
     def __init__(
@@ -93,13 +99,18 @@ class Trainer:
         folder: RunFolder | None = None,
         reporter: Reporter | None = None,
         tokenizer: Any | None = None,
+        checkpoints: Checkpoints | None = None,
+        found: Found | None = None,
     ) -> None:
         self.config, self.engine, self.lanes, self.evaluator = config, engine, lanes, evaluator
         self.folder, self.reporter, self.tokenizer = folder, reporter, tokenizer
-        self.progress, self.carried = Progress(), Carried()
-        self._gates = gate_names(engine.module)
-        self._metrics = MetricsWriter(folder.path, config.run.tensorboard) if folder else None
-        self._stop = False
+        self.progress, self.carried, self.checkpoints = Progress(), Carried(), checkpoints
+        self._gates, self._resumed = gate_names(engine.module), found is not None
+        if found is not None:
+            self.progress, self.carried = Progress(**found.marker["progress"]), restore(found, engine, lanes)
+        resumed = found.step if found else None
+        self._metrics = MetricsWriter(folder.path, config.run.tensorboard, resumed) if folder else None
+        self._stop, self._unsaved = False, ""
 
     def run(self) -> Outcome:
         """Train to the end, or to SIGTERM; evaluate at intervals; save.
@@ -119,15 +130,40 @@ class Trainer:
                 self._metrics.close()
 
     def _run(self) -> Outcome:
-        evaluation, stopped, steps = None, False, self.config.training.steps
-        while self.progress.step < steps and not stopped:
+        evaluation, stopped = None, False
+        if self._resumed and self._evaluation_due():  # checkpoints are written before the evaluation of their step
+            evaluation = self._evaluate()
+        while self.progress.step < self.config.training.steps and not stopped:
             stopped = self._one_step()
-            due = self.progress.step == steps or self.progress.step % max(self.config.evaluation.interval, 1) == 0
-            if self.evaluator and due and not stopped:
-                evaluation = self._evaluate(self.evaluator)
+            self._checkpoint(stopped)
+            if self._evaluation_due() and not stopped:
+                evaluation = self._evaluate()
         self._save()
+        if self._unsaved:
+            raise TrainingError(self._unsaved)
         self._status("stopped" if stopped else "finished", evaluation=_summary(evaluation))
         return Outcome(evaluation, stopped)
+
+    def _evaluation_due(self) -> bool:
+        return self.evaluator is not None and evaluation_due(self.progress.step, self.config)
+
+    def _checkpoint(self, stopped: bool) -> None:
+        """Save the run where that is due. A failure at an interval is a warning, at the end of the run an error."""
+        interval, step = self.config.checkpoint.interval, self.progress.step
+        last = stopped or step == self.config.training.steps
+        if self.checkpoints is None or not interval or not (last or step % interval == 0):
+            return
+        problem = self.checkpoints.save(self.engine, dataclasses.asdict(self.progress), self.lanes, self.carried)
+        if problem is None:
+            return
+        message = (
+            f"the checkpoint of step {step} could not be written to {self.checkpoints.root} ({problem}); those "
+            "before it are as they were. Free space there, or raise checkpoint.interval"
+        )
+        if last:
+            self._unsaved = message  # raised when everything else is done
+        elif self.folder:
+            logger.warning("%s. Training goes on", message)
 
     def _one_step(self) -> bool:
         """One optimizer step; returns whether a rank was asked to stop."""
@@ -198,8 +234,9 @@ class Trainer:
         if self.reporter:
             self.reporter.step(self.progress.step, values)
 
-    def _evaluate(self, evaluator: Evaluator) -> Evaluation:
-        evaluation, step = evaluator.run(self.engine), self.progress.step
+    def _evaluate(self) -> Evaluation:
+        assert self.evaluator is not None
+        evaluation, step = self.evaluator.run(self.engine), self.progress.step
         if self._metrics and self.folder:
             self._metrics.write("evaluation", step, _summary(evaluation) or {})
             text = json.dumps(dataclasses.asdict(evaluation), indent=1) + "\n"
@@ -220,6 +257,11 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._stop = True  # acted on together, after this step
+
+
+def evaluation_due(step: int, config: TrainConfig) -> bool:
+    """Whether the held-out evaluation comes after this step, in a run that evaluates."""
+    return step == config.training.steps or step % max(config.evaluation.interval, 1) == 0
 
 
 def _summary(evaluation: Evaluation | None) -> dict[str, Any] | None:

@@ -23,15 +23,17 @@ class MetricsWriter:
     Args:
         folder: of the run.
         tensorboard: write events, too.
+        resumed: the step that the run goes on from; TensorBoard then hides what a run before wrote after it.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, tensorboard: bool, resumed: int | None = None) -> None:
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+            purge = None if resumed is None else resumed + 1
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Record values of a step; kind is `train` or `evaluation`."""

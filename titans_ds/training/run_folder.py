@@ -22,8 +22,8 @@ _README = """# A run of titans-ds
 `config.yaml` is the whole configuration; `launch/train.py --config config.yaml --run.dir NEW` runs it again.
 `status.json` says how the run stands, `versions.json` what it ran on. `metrics.jsonl` has one line per logged step and
 per evaluation (losses in nats a token); `tensorboard/` the same as curves. `evaluation/` has the losses by repository.
-`adapter/` is the trained memory: `titans_ds.TitansModel.from_pretrained(BASE, "adapter")`. `model/` is there where the
-base model was trained, too.
+`checkpoints/` is what the run goes on from with `--resume auto`. `adapter/` is the trained memory:
+`titans_ds.TitansModel.from_pretrained(BASE, "adapter")`. `model/` is there where the base model was trained, too.
 """
 
 
@@ -45,19 +45,57 @@ class RunFolder:
             ConfigError: there is a run in it, and `overwrite` is off; or something else than a run.
         """
         folder = Path(path)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(p.suffix != ".part" for p in folder.iterdir())):
             if not (folder / "status.json").is_file():
                 raise ConfigError(f"{folder} exists and is no run folder; choose another run.dir")
             if not overwrite:
-                raise ConfigError(f"{folder} holds a run already; choose another run.dir, or set run.overwrite to true")
-            shutil.rmtree(folder)
+                raise ConfigError(
+                    f"{folder} holds a run already; choose another run.dir, set run.resume to auto to go on from its "
+                    "newest checkpoint, or run.overwrite to true"
+                )
+            _clear(folder)
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
         run.status("running", step=0)
-        run.write("config.yaml", config_yaml)
-        run.write("versions.json", json.dumps(versions(), indent=2) + "\n")
-        run.write("README.md", _README)
+        run._describe(config_yaml)
         return run
+
+    @classmethod
+    def reopen(cls, path: str | Path, config_yaml: str, step: int, evaluate_again: bool) -> RunFolder:
+        """The folder of a run that goes on from the checkpoint of `step`: what came after it is dropped.
+
+        Args:
+            path: of the folder.
+            config_yaml: the configuration that it goes on with.
+            step: of the checkpoint.
+            evaluate_again: the evaluation of this step is made anew.
+        """
+        run = cls(Path(path))
+        run._cut_metrics(step, evaluate_again)
+        run.status("running", step=step)
+        run._describe(config_yaml)
+        return run
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is a run in the folder that did not come to its end."""
+        try:
+            state = json.loads((self.path / "status.json").read_text(encoding="utf-8"))["state"]
+        except (OSError, ValueError, KeyError):
+            return False
+        return bool(state != "finished")
+
+    def _describe(self, config_yaml: str) -> None:
+        self.write("config.yaml", config_yaml)
+        self.write("versions.json", json.dumps(versions(), indent=2) + "\n")
+        self.write("README.md", _README)
+
+    def _cut_metrics(self, step: int, evaluate_again: bool) -> None:
+        """Keep the lines up to `step`; a line that a killed run left torn goes, too."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self.write("metrics.jsonl", "".join(line for line in lines if _belongs(line, step, evaluate_again)))
 
     def status(self, state: str, **details: Any) -> None:
         """Write status.json: state is running, finished, stopped or failed."""
@@ -70,6 +108,24 @@ class RunFolder:
         partial = target.with_name(target.name + ".part")
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, target)
+
+
+def _belongs(line: str, step: int, evaluate_again: bool) -> bool:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return False
+    again = evaluate_again and values["kind"] == "evaluation"
+    return bool(line.endswith("\n") and values["step"] <= step - again)
+
+
+def _clear(folder: Path) -> None:
+    """Remove all but status.json, which tells a run folder, also where this is interrupted."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != "status.json":
+            entry.unlink()
 
 
 def versions() -> dict[str, Any]:

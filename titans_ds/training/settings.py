@@ -170,18 +170,41 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
+class CheckpointSettings:
+    """Checkpoints of the run: everything that it needs to go on exactly, also the optimizer's state.
+
+    Args:
+        interval: steps between checkpoints; there is one at the end and at SIGTERM, too. 0 switches them all off.
+        keep: the newest ones that stay.
+    """
+
+    interval: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self, "checkpoint")
+        _at_least(self, "checkpoint", interval=0, keep=1)
+
+
+@dataclass(frozen=True)
 class RunSettings:
-    """Where the run lives.
+    """Where the run lives, and whether it goes on from a checkpoint.
 
     Args:
         dir: run folder; runs/NAME of the config file where not given.
         overwrite: replace a run that is there.
         tensorboard: write TensorBoard events beside metrics.jsonl.
+        resume: `auto` goes on from the newest whole checkpoint of the run folder, if there is one; `none` starts a new
+            run; or the folder of a checkpoint or run to go on from.
+        trust_checkpoint: also load pickles from outside the run folder. A pickle can run any code: only from who you
+            trust.
     """
 
     dir: str | None = None
     overwrite: bool = False
     tensorboard: bool = True
+    resume: str = "none"
+    trust_checkpoint: bool = False
 
     def __post_init__(self) -> None:
         _check(self, "run")
@@ -199,6 +222,7 @@ class TrainConfig:
         optimizer: AdamW and its schedule.
         training: the loop.
         evaluation: on held-out repositories.
+        checkpoint: how often the run is saved so that it can go on.
         deepspeed: DeepSpeed configuration (JSON), such as ds_configs/zero2.json; null runs plain torch in one process.
         run: the run folder.
     """
@@ -210,6 +234,7 @@ class TrainConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     deepspeed: str | None = "ds_configs/zero2.json"
     run: RunSettings = field(default_factory=RunSettings)
 

@@ -12,6 +12,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -136,6 +137,23 @@ class DeepSpeedEngine(Generic[Module]):
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank."""
         return self.optimizer.state_bytes()
+
+    def save(self, folder: Path) -> None:
+        """Write trained parameters and optimizer; see titans_ds.zero.checkpoint."""
+        from titans_ds.zero import checkpoint
+
+        checkpoint.save(self._engine, folder)
+
+    def load(self, folder: Path, universal: bool) -> None:
+        """The inverse of `save`, on an engine that was just made. Files are pickles.
+
+        Args:
+            folder: of the checkpoint's engine part.
+            universal: it is in the universal format; the engine's configuration must have said so, too.
+        """
+        from titans_ds.zero import checkpoint
+
+        checkpoint.load(self._engine, folder)
 
 
 @contextlib.contextmanager

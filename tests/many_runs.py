@@ -1,0 +1,34 @@
+"""Several runs of launch/train.py in one launch, since starting one takes far longer than such a run.
+
+    deepspeed --num_accelerators 2 tests/many_runs.py RUNS.json
+
+RUNS.json holds a list of argument lists. Each is a whole run, through the program's own main; CODES.json beside it gets
+their exit codes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch import train
+from titans_ds.training import ranks
+
+
+def main() -> None:
+    """Run all of them."""
+    runs = Path(sys.argv[-1])
+    logging.captureWarnings(False)
+    leave, train.stop_ranks = train.stop_ranks, lambda: None  # the ranks stay for the next run
+    codes = [train.main(arguments) for arguments in json.loads(runs.read_text())]
+    if ranks.rank() == 0:
+        runs.with_name("CODES.json").write_text(json.dumps(codes))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
