@@ -4,46 +4,62 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tests.zero_matrix import Case, cases
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """One launch runs every case."""
-    out = tmp_path_factory.mktemp("zero") / "results.json"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29617"]
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch_matrix(out: Path) -> dict[str, Any]:
+    """One launch runs every case; results by name, and `loading`."""
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    command = [*runner, "--master_port", str(free_port()), str(ROOT / "tests" / "zero_matrix.py"), str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(ROOT / "tests" / "zero_matrix.py"), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return {result["name"]: result for result in json.loads(out.read_text())}
+    found = json.loads(out.read_text())
+    return {"loading": found["loading"], **{result["name"]: result for result in found["cases"]}}
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_two_ranks_equal_plain_torch(results: dict[str, dict[str, Any]], case: Case) -> None:
-    """Loss 1e-6, every gradient 1e-5 in relative norm and none of them missing or zero, 20 losses 1e-4."""
-    result, exact = results[case.name], case.dtype == "float32"
-    assert result["zero_in_reference"] == []
-    assert result["missing"] == []
-    assert result["num_gradients"] >= (8 if case.order == "second" else 5)
-    assert result["first_loss"] <= (1e-6 if exact else 1e-2)
-    assert result["worst_gradient"][1] <= (1e-5 if exact else 3e-2), result["worst_gradient"]
-    assert result["loss_path"] <= (1e-4 if exact else 2e-2)
-    if case.steps == 20:
-        assert result["fell"] > 0.01  # a path that goes nowhere would agree with anything
+def problems_of(case: Case, result: dict[str, Any]) -> list[str]:
+    """What is wrong with a case: loss beyond 1e-6, a gradient beyond 1e-5 in relative norm or missing or zero, 20
+    losses beyond 1e-4, optimizer state not shared out. In bfloat16 what that precision can hold."""
+    exact = case.dtype == "float32"
+    least, most = (1.0, 1.0) if case.stage == 0 else (0.50, 0.51)
+    checks = {
+        "zero in plain torch": not result["zero_in_reference"],
+        "missing or zero under DeepSpeed": not result["missing"],
+        "fewer gradients than parameters expected": result["num_gradients"] >= (8 if case.order == "second" else 5),
+        "first loss": result["first_loss"] <= (1e-6 if exact else 1e-2),
+        "gradients": result["worst_gradient"] is not None and result["worst_gradient"][1] <= (1e-5 if exact else 3e-2),
+        "path of losses": result["loss_path"] <= (1e-4 if exact else 2e-2),
+        "a path that goes nowhere would agree with anything": case.steps < 20 or result["fell"] > 0.01,
+        "share of optimizer state": least <= result["state_share"] <= most,
+    }
+    return [f"{case.name}: {name}: {result}" for name, passed in checks.items() if not passed]
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_optimizer_state_is_shared_by_two_ranks(results: dict[str, dict[str, Any]], case: Case) -> None:
-    """Each rank holds half of it from stage 1 on, and all of it at stage 0."""
-    share = results[case.name]["state_share"]
-    assert (share == 1.0) if case.stage == 0 else (0.50 <= share <= 0.51)
+def test_two_ranks_equal_plain_torch(tmp_path: Path) -> None:
+    """Windows of 3 files x ZeRO 0-3 x checkpointing x order; accumulation, everything trainable, bfloat16 beside it.
+
+    One test, since one launch for all of them takes as long as one launch for one.
+    """
+    results = launch_matrix(tmp_path / "results.json")
+    loading = results.pop("loading")
+    assert loading["partitioned"]
+    assert loading["largest_whole"] == 0
+    assert 0.5 <= loading["share"] <= 0.51
+    assert len(results) == len(cases()) == 28
+    assert [problem for case in cases() for problem in problems_of(case, results[case.name])] == []

@@ -20,17 +20,19 @@ import titans_ds
 from tests.packed_corpora import random_repos, write_packed
 from tests.tiny_models import tiny_base
 from titans_ds.config import GraftConfig, MemoryConfig
+from titans_ds.training.build import load_base
 from titans_ds.training.engine import Engine, TorchEngine
 from titans_ds.training.lanes import Lanes
 from titans_ds.training.module import TrainingModule
 from titans_ds.training.optimizer import make_optimizer
 from titans_ds.training.packed import open_corpus
-from titans_ds.training.ranks import sum_over
+from titans_ds.training.ranks import on_rank_zero, sum_over
 from titans_ds.training.segments import RepositoryReader
-from titans_ds.training.settings import OptimizerSettings, TrainingSettings
+from titans_ds.training.settings import ModelSettings, OptimizerSettings, TrainingSettings
 from titans_ds.training.step import Carried, commit, run_passes
 from titans_ds.zero.config import complete_config
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
+from titans_ds.zero.loading import partitioned_loading
 
 LANES, SEGMENT, STEPS = 4, 16, 20
 OPTIMIZER = OptimizerSettings(lr=2e-3, eps=1e-6, clip=1.0)
@@ -148,6 +150,25 @@ def compare(case: Case, reference: dict[str, Any], ours: dict[str, Any]) -> dict
     }
 
 
+def partitioned_base(world_size: int) -> dict[str, Any]:
+    """A pretrained base loaded under ZeRO-3: how much of it this rank holds, before any engine is made."""
+    folder = on_rank_zero(lambda: Path(tempfile.mkdtemp()))
+    on_rank_zero(lambda: tiny_base("qwen3_5").save_pretrained(folder))
+    config = complete_config(
+        {"zero_optimization": {"stage": 3}}, rows=2, backwards_per_step=1, world_size=world_size, clip=0.0, bf16=False
+    )
+    with partitioned_loading(config):
+        base = load_base(ModelSettings(base=str(folder)), 0, 0)
+    parameters: list[Any] = list(base.parameters())
+    held, whole = sum(p.ds_tensor.numel() for p in parameters), sum(p.ds_numel for p in parameters)
+    largest = max(p.numel() for p in parameters)
+    return {
+        "partitioned": all(hasattr(p, "ds_id") for p in parameters),
+        "largest_whole": largest,
+        "share": held / whole,
+    }
+
+
 def main() -> None:
     """Run the matrix; rank 0 writes the results."""
     torch.set_num_threads(1)
@@ -155,7 +176,7 @@ def main() -> None:
     device, rank, world_size = local_device(), torch.distributed.get_rank(), torch.distributed.get_world_size()
     corpus = write_packed(Path(tempfile.mkdtemp()), {"train": random_repos(12, seed=3, files=4, most=SEGMENT + 1)})
     references: dict[Case, dict[str, Any]] = {}
-    results = []
+    results, loading = [], partitioned_base(world_size)
     for case in cases():
         key = dataclasses.replace(case, stage=0, checkpointing=False)
         if key not in references:
@@ -176,7 +197,7 @@ def main() -> None:
             compare(case, references[key], run(engine, make_lanes(corpus, rank, world_size), case, world_size))
         )
     if rank == 0:
-        Path(sys.argv[-1]).write_text(json.dumps(results, indent=1))
+        Path(sys.argv[-1]).write_text(json.dumps({"loading": loading, "cases": results}, indent=1))
 
 
 if __name__ == "__main__":
