@@ -4,8 +4,9 @@
 
 Generates rows in StarCoderData's schema from the Python files installed here (files below 12 kB, in their packages'
 folders, so that imports resolve; every copy gets a line of its own, one in ten is an exact duplicate; 30 % of the
-repositories have no stars), shuffles them over all parquet files, and builds a corpus of each size: once without and once
-with the search for near-duplicates. Memory is the resident memory of all processes together, sampled 10 times a second.
+repositories have no stars), shuffles them over all parquet files, and builds a corpus of each size: once without
+and once with the search for near-duplicates. Memory is the resident memory of all processes together, sampled 10
+times a second.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -105,9 +107,10 @@ def _row(folders: list[list[tuple[str, str]]], row: tuple[int, int, int, int]) -
     }
 
 
-def measure(command: list[str]) -> tuple[float, int]:
-    """Run a command and return (seconds, peak bytes of resident memory of it and its children together)."""
-    start = time.monotonic()
+def measure(command: list[str]) -> tuple[float, float, int]:
+    """Run a command; return seconds, processor seconds, and peak bytes of resident memory of it and its children
+    together."""
+    start, used = time.monotonic(), _processor_seconds()
     process = subprocess.Popen(command)
     root = psutil.Process(process.pid)
     peak = 0
@@ -116,7 +119,12 @@ def measure(command: list[str]) -> tuple[float, int]:
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}")
-    return time.monotonic() - start, peak
+    return time.monotonic() - start, _processor_seconds() - used, peak
+
+
+def _processor_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _resident(root: psutil.Process) -> int:
@@ -133,10 +141,11 @@ def build(source: Path, out: Path, workers: int, near: bool) -> dict[str, Any]:
     """Build one corpus and return what it took; the corpus is removed."""
     command = [sys.executable, "-m", "data_prep.build_corpus", "--starcoderdata", str(source), "--out", str(out)]
     command += ["--workers", str(workers), "--order", "imports", *([] if near else ["--no-near-duplicates"])]
-    seconds, peak = measure(command)
+    seconds, processor_seconds, peak = measure(command)
     manifest = json.loads((out / "manifest.json").read_text())
     shutil.rmtree(out)
-    return {"seconds": seconds, "peak_bytes": peak, "passes": manifest["seconds"], "filters": manifest["filters"]}
+    figures = {"seconds": seconds, "processor_seconds": processor_seconds, "peak_bytes": peak}
+    return {**figures, "passes": manifest["seconds"], "filters": manifest["filters"]}
 
 
 def run_size(folders: list[list[tuple[str, str]]], num_rows: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -161,11 +170,16 @@ def table(results: list[dict[str, Any]]) -> str:
     for result in results:
         took = result["grouping"]
         near = result.get("with_near_duplicates", {}).get("passes", {}).get("near_duplicates")
-        lines.append(
-            f"| {result['rows']:,} | {result['bytes'] / 1e6:,.0f} MB | {took['seconds']:,.1f} "
-            f"| {result['rows'] / took['seconds']:,.0f} | {took['peak_bytes'] / 2**20:,.0f} MiB "
-            f"| {'not run' if near is None else f'{near:,.1f}'} |"
+        cells = (
+            f"{result['rows']:,}",
+            f"{result['bytes'] / 1e6:,.0f} MB",
+            f"{took['seconds']:,.1f}",
+            f"{result['rows'] / took['seconds']:,.0f}",
+            f"{took['processor_seconds']:,.1f}",
+            f"{took['peak_bytes'] / 2**20:,.0f} MiB",
+            "not run" if near is None else f"{near:,.1f}",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     last = results[-1]
     lines.append("")
     if len(results) > 1:

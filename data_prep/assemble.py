@@ -112,7 +112,8 @@ class _Repository:
             self.row_of.setdefault(table["path"][row].as_py(), row)
 
     def filtered(self, counts: dict[str, list[int]]) -> list[int]:
-        """Return the rows that stay, in reading order; adds to `counts` (files, repositories) what each filter leaves."""
+        """Return the rows that stay, in reading order; adds to `counts` (files, repositories) what each filter
+        leaves."""
         settings = self.settings
         self._passed(counts["same_path"])
         if len(self.row_of) < settings.min_files:

@@ -2,8 +2,8 @@
 
     python -m data_prep.benchmark2026 --out DIR
 
-Unpacks assets/benchmark2026/benchmark2026.tar.xz into DIR: as_is/ and renamed/, the packages' licences, and the manifest.
-How it was made, and how "first released in 2026" was established, stands in the README beside it.
+Unpacks assets/benchmark2026/benchmark2026.tar.xz into DIR: as_is/ and renamed/, the packages' licences, and the
+manifest. How it was made, and how "first released in 2026" was established, stands in the README beside it.
 """
 
 from __future__ import annotations

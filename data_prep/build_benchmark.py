@@ -2,8 +2,8 @@
 
     python -m data_prep.build_benchmark --archives DIR --licenses permissive --rename --out DIR
 
-A sample is a place where the code needs another file of its repository, found by static analysis. Writes, for the files as
-they are (OUT/as_is) and, with --rename, with the repository's own names changed (OUT/renamed),
+A sample is a place where the code needs another file of its repository, found by static analysis. Writes, for the
+files as they are (OUT/as_is) and, with --rename, with the repository's own names changed (OUT/renamed),
 <language>/line_completion.jsonl and line_completion_{rg1,oracle}_<retriever>.jsonl, and OUT/manifest.json.
 """
 

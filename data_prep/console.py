@@ -77,7 +77,8 @@ def _computed(
             yield from _in_flight(pool, function, items, 2 * num_workers)
         except BrokenProcessPool as error:
             raise DataPrepError(
-                "A worker process died, most likely for want of memory. Run the same command again with fewer --workers: "
+                "A worker process died, most likely for want of memory. Run the same command again with fewer "
+                "--workers: "
                 "finished parts are kept."
             ) from error
         except BaseException:

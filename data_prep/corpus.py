@@ -158,7 +158,8 @@ def _counted(report: _Report, count: Callable[[], tuple[int, int]]) -> tuple[int
     if not files:
         reasons = ", ".join(f"{name}: {number}" for name, number in report.rejected.items()) or "no files were found"
         raise DataPrepError(
-            f"No file is left after the file filters ({reasons}). Relax the filter that took most, or give another source."
+            f"No file is left after the file filters ({reasons}). Relax the filter that took most, or give another "
+            f"source."
         )
     return files, repositories
 

@@ -151,7 +151,8 @@ def _language_of(file: str, where: str) -> str:
     suffix = Path(file).suffix
     if suffix not in _SUFFIX_LANGUAGE:
         raise DataPrepError(
-            f"{where}: cannot tell the language of {file!r}. Expected {', '.join(_SUFFIX_LANGUAGE)}; else give `language`."
+            f"{where}: cannot tell the language of {file!r}. Expected {', '.join(_SUFFIX_LANGUAGE)}; else give "
+            f"`language`."
         )
     return _SUFFIX_LANGUAGE[suffix]
 

@@ -63,7 +63,8 @@ def _explained() -> Iterator[None]:
 
 
 def find_exact_duplicates(connection: duckdb.DuckDBPyConnection, hash_paths: Sequence[Path], target: Path) -> None:
-    """Write the files to drop, because a preferred file has the same bytes, to parquet `target` (file_id, repo_hash)."""
+    """Write the files to drop, because a preferred file has the same bytes, to parquet `target` (file_id,
+    repo_hash)."""
     run_sql(
         connection,
         f"""COPY (

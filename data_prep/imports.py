@@ -1,7 +1,8 @@
 """Which files of its own repository a Python file imports.
 
 `scan_imports` finds import statements with one pass of a regular expression that steps over strings and comments: it
-reads files that do not parse (Python 2) and is some twenty times faster than `ast`. `ImportResolver` maps them to files.
+reads files that do not parse (Python 2) and is some twenty times faster than `ast`. `ImportResolver` maps them to
+files.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class ImportResolver:
     """Maps the imports of a repository's files to other files of the same repository.
 
     paths: the repository's files, with "/" between folders. Four ways are tried: relative imports; absolute ones from
-    every folder above the importing file that is not itself a package, and from `src`, `lib` and `python` in it; and with
-    the repository's own name stripped, where the repository's root is the package ("package prefix").
+    every folder above the importing file that is not itself a package, and from `src`, `lib` and `python` in it;
+    and with the repository's own name stripped, where the repository's root is the package ("package prefix").
     A module of the standard library is never taken for a file, whatever the file's name.
     """
 
@@ -89,7 +90,8 @@ class ImportResolver:
         return list(found)
 
     def resolve_one(self, importer: str, imported: ImportedName) -> str:
-        """Return the file that defines one imported name: the submodule if there is one, else the module; "" if none."""
+        """Return the file that defines one imported name: the submodule if there is one, else the module; "" if
+        none."""
         if imported.level:
             base = dirname(importer)
             for _ in range(imported.level - 1):

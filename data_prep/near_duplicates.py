@@ -1,8 +1,8 @@
 """Files that are almost the same: MinHash signatures (rensa), banded and joined out of core in DuckDB.
 
 Two files are compared when they agree on one of 16 bands of 8 values (a pair of Jaccard similarity 0.85 is missed with
-probability 0.006); they count as duplicates when at least `threshold` of their 128 values agree. Of every group of files
-linked in this way the preferred one stays (`duplicates.PREFERENCE`). Shingles are runs of five words.
+probability 0.006); they count as duplicates when at least `threshold` of their 128 values agree. Of every group of
+files linked in this way the preferred one stays (`duplicates.PREFERENCE`). Shingles are runs of five words.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _rensa() -> Any:
 def find_near_duplicates(
     connection: duckdb.DuckDBPyConnection, plan: Plan, exact: Path, target: Path, num_workers: int
 ) -> None:
-    """Write the files to drop, because a preferred file is almost the same, to parquet `target` (file_id, repo_hash)."""
+    """Write the files to drop, because a preferred file is almost the same, to parquet `target` (file_id,
+    repo_hash)."""
     _rensa()
     folder = plan.folder / "signatures"
     jobs = [_Job(run, exact, folder / f"{run.stem}.parquet") for run in run_paths(plan)]

@@ -48,7 +48,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it to `path`, replacing what is there, when the block ends well."""
+    """Yield a temporary folder beside `path`; rename it to `path`, replacing what is there, when the block ends
+    well."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explain_os_errors(path):

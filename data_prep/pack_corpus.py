@@ -4,8 +4,8 @@
 
 Writes DIR/packed-<tokenizer hash>/: for each split `<split>.tokens.bin` (little-endian uint16, or uint32 from 65,536
 tokens in the vocabulary: the tokens of all files, one after the other, each file closed by the end-of-sequence token if
-the tokenizer has one), `<split>.index.npz` (file_start, file_length, file_repo, repo_names), and `packed.json`. Finished
-shards are kept when the program is stopped; finished output is left as it is.
+the tokenizer has one), `<split>.index.npz` (file_start, file_length, file_repo, repo_names), and `packed.json`.
+Finished shards are kept when the program is stopped; finished output is left as it is.
 """
 
 from __future__ import annotations

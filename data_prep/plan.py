@@ -1,7 +1,7 @@
 """The plan of a corpus: its source cut into chunks, the settings, and the folder in which unfinished work is kept.
 
-The chunks depend on the source alone, never on the number of shards or workers. That is why a stopped run can go on, and
-why shards give the same corpus whatever their number.
+The chunks depend on the source alone, never on the number of shards or workers. That is why a stopped run can go
+on, and why shards give the same corpus whatever their number.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ ORDERS = ("depth", "imports")
 class CorpusSettings:
     """The filters, the order of files and the split.
 
-    `min_stars` holds where stars are known; `licenses` (SPDX identifiers, empty: any) where the licence is known, or for
-    every repository with `require_license`. `max_files_per_repo` keeps the first files in reading order.
+    `min_stars` holds where stars are known; `licenses` (SPDX identifiers, empty: any) where the licence is known,
+    or for every repository with `require_license`. `max_files_per_repo` keeps the first files in reading order.
     """
 
     min_files: int = 3

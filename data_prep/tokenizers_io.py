@@ -36,7 +36,8 @@ def load_tokenizer(name: str) -> LoadedTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataPrepError(
-            f"Cannot load a tokenizer from {name!r}: {str(error).splitlines()[0]}. Expected a folder with tokenizer.json "
+            f"Cannot load a tokenizer from {name!r}: {str(error).splitlines()[0]}. Expected a folder with "
+            f"tokenizer.json "
             "or a Hub id. `python -m data_prep.train_tokenizer` makes one."
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -2,8 +2,8 @@
 
     python -m data_prep.train_tokenizer --corpus DIR --vocab-size 8192 --out DIR
 
-Writes tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` loads. The special tokens are those of
-Qwen2.5-Coder, so that fill-in-the-middle and repository prompts can be built in the same way.
+Writes tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` loads. The special tokens are
+those of Qwen2.5-Coder, so that fill-in-the-middle and repository prompts can be built in the same way.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ def _repository(files: dict[str, str], name: str = "owner/pkg") -> Repository:
 
 def _package(name: str) -> dict[str, str]:
     spec = importlib.util.find_spec(name)
-    assert spec and spec.origin
+    assert spec is not None
+    assert spec.origin is not None
     root = Path(spec.origin).parent
     return {
         path.relative_to(root.parent).as_posix(): path.read_text(encoding="utf-8")

@@ -35,7 +35,8 @@ def _by_scan(text: str) -> list[tuple[int, str, str]]:
 @pytest.mark.parametrize("package", ["hypothesis", "datasets", "rich", "numpy", "_pytest"])
 def test_scanner_agrees_with_ast_on_real_files(package: str) -> None:
     spec = importlib.util.find_spec(package)
-    assert spec and spec.origin
+    assert spec is not None
+    assert spec.origin is not None
     files = sorted(Path(spec.origin).parent.rglob("*.py"))[:100]
     assert len(files) > 20
     for file in files:

@@ -1,1 +1,2 @@
-"""Samples in CrossCodeEval's format from any repositories. One module a step; `languages.py` says what a language needs."""
+"""Samples in CrossCodeEval's format from any repositories. One module a step; `languages.py` says what a language
+needs."""

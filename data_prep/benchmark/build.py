@@ -60,7 +60,8 @@ def build_benchmark(
 ) -> dict[str, Any]:
     """Write the benchmark to folder `out` and return its manifest.
 
-    `files` holds the file filters and the licence allow-list. Raises DataPrepError naming the filters where no sample is left.
+    `files` holds the file filters and the licence allow-list. Raises DataPrepError naming the filters where no
+    sample is left.
     """
     language = _language(settings.language)
     found = list(_found(source, files, settings, language))
@@ -171,7 +172,8 @@ def _require_samples(built: _Built, num_repositories: int) -> None:
     if not built.rows["as_is"]["none"]:
         reasons = ", ".join(f"{name}: {number}" for name, number in built.dropped.most_common()) or "no targets found"
         raise DataPrepError(
-            f"No sample is left from {num_repositories} repositories ({reasons}). Relax the limit that took most, or give "
+            f"No sample is left from {num_repositories} repositories ({reasons}). Relax the limit that took most, "
+            f"or give "
             "repositories whose files import each other."
         )
 

@@ -53,20 +53,23 @@ def class_members(node: ast.ClassDef) -> Iterator[str]:
         if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield item.name
             for inner in ast.walk(item):
-                if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
-                    if isinstance(inner.value, ast.Name) and inner.value.id == "self":
-                        yield inner.attr
+                if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store) and _is_self(inner.value):
+                    yield inner.attr
         elif isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             yield item.target.id
         elif isinstance(item, ast.Assign):
             yield from (target.id for target in item.targets if isinstance(target, ast.Name))
 
 
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
 def dotted_name(node: ast.expr) -> str:
     """Return "x" or "self.x" for such an expression, "" for any other."""
     if isinstance(node, ast.Name):
         return node.id
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+    if isinstance(node, ast.Attribute) and _is_self(node.value):
         return f"self.{node.attr}"
     return ""
 

@@ -1,8 +1,9 @@
 """Cross-file targets in Python, by static analysis with `ast` alone.
 
-A target is a use of something that another file of the repository defines: without the import it would be undefined (the
-name is bound nowhere else in the file and is no builtin). The cursor is before the name; the target runs to the end of
-the statement, for `if`, `for`, `def`, … to the colon. Only targets of one line are taken, as in CrossCodeEval.
+A target is a use of something that another file of the repository defines: without the import it would be
+undefined (the name is bound nowhere else in the file and is no builtin). The cursor is before the name; the target
+runs to the end of the statement, for `if`, `for`, `def`, … to the colon. Only targets of one line are taken, as in
+CrossCodeEval.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ class PythonFinder:
     def _typed(self, tree: ast.Module, imported: dict[str, Imported]) -> dict[int, Imported]:
         """Return, by `id` of the expression, the imported class that a variable is an object of.
 
-        A variable counts inside the function (for `self.x`: the class) in which it is bound once: to a call of the class, or
-        as a parameter annotated with it.
+        A variable counts inside the function (for `self.x`: the class) in which it is bound once: to a call of the
+        class, or as a parameter annotated with it.
         """
         typed: dict[int, Imported] = {}
         for scope in ast.walk(tree):

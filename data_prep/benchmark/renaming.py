@@ -1,6 +1,7 @@
 """Rename a repository's own identifiers, the same everywhere, so that a pretrained model cannot have memorised them.
 
-Renamed are the names that the repository defines: functions, classes, methods, attributes set on `self`, module constants,
+Renamed are the names that the repository defines: functions, classes, methods, attributes set on `self`, module
+constants,
 modules and packages. Left alone are names that something outside may know by name: builtins, members of builtin types,
 whatever is imported from outside or reached through it, dunder names, names from the standard library, and methods of
 classes with a base from outside. Every occurrence as a whole word is replaced, in code, strings, comments and paths.
@@ -29,22 +30,24 @@ _BUILTIN_TYPES = (
     str, bytes, bytearray, int, float, complex, list, dict, set, frozenset, tuple, object, type, BaseException, range,
     slice, property, memoryview, collections.deque, collections.Counter, collections.OrderedDict, re.Pattern, re.Match,
     pathlib.Path, io.TextIOWrapper, io.BytesIO, logging.Logger, logging.LogRecord, threading.Thread, threading.Event,
-    ast.AST, type(parse_quietly), type((i for i in ())),
+    ast.AST, type(parse_quietly), type(i for i in ()),
 )  # fmt: skip
 _MIN_LETTERS = 3
 # Plain words, none of which Python or its library uses as a name.
-_WORDS = (
-    "acorn amber anvil apron arbor aspen atlas autumn badge bamboo barley basil beacon birch bison bramble breeze brook "
-    "cactus canoe canyon carrot cedar cellar chalk cherry cinder clover cobalt comet copper coral cotton crane cricket "
-    "crystal cypress dahlia daisy dune eagle ember falcon feather fennel ferry fiddle fjord flint forest fossil fountain "
-    "gallop garnet ginger glacier goblet granite grove hamlet harbor hazel heron hollow indigo island ivory jasmine juniper "
-    "kettle lagoon lantern lavender ledger lemon lichen lilac linen lotus lupin magnet mango maple marble meadow mercury "
-    "mitten moss nectar nettle nutmeg oasis olive onyx orchard osprey otter paddle parsley pebble pepper petal pine plover "
-    "pollen poppy prairie pumpkin quail quarry quartz raven reed ribbon river robin rosemary saddle saffron sage salmon "
-    "sandal sapphire satchel shell sorrel sparrow spruce squash starling summit sunset swallow tansy teapot thicket thimble "
-    "thistle thyme timber topaz trellis tulip tundra turnip umber valley velvet vessel violet walnut warbler willow winter "
-    "wren yarrow zephyr"
-).split()
+_WORDS = tuple(
+    """
+    acorn amber anvil apron arbor aspen atlas autumn badge bamboo barley basil beacon birch bison bramble breeze
+    brook cactus canoe canyon carrot cedar cellar chalk cherry cinder clover cobalt comet copper coral cotton
+    crane cricket crystal cypress dahlia daisy dune eagle ember falcon feather fennel ferry fiddle fjord flint
+    forest fossil fountain gallop garnet ginger glacier goblet granite grove hamlet harbor hazel heron hollow
+    indigo island ivory jasmine juniper kettle lagoon lantern lavender ledger lemon lichen lilac linen lotus lupin
+    magnet mango maple marble meadow mercury mitten moss nectar nettle nutmeg oasis olive onyx orchard osprey
+    otter paddle parsley pebble pepper petal pine plover pollen poppy prairie pumpkin quail quarry quartz raven
+    reed ribbon river robin rosemary saddle saffron sage salmon sandal sapphire satchel shell sorrel sparrow
+    spruce squash starling summit sunset swallow tansy teapot thicket thimble thistle thyme timber topaz trellis
+    tulip tundra turnip umber valley velvet vessel violet walnut warbler willow winter wren yarrow zephyr
+    """.split()
+)
 
 
 def own_names(files: Mapping[str, str], kept: frozenset[str] = frozenset()) -> frozenset[str]:

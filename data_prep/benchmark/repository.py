@@ -28,7 +28,8 @@ class Repository:
 
 
 def read_repositories(source: Source, settings: CorpusSettings) -> Iterator[Repository]:
-    """Yield the source's repositories in the order of its units. Units that belong to one repository must follow each other."""
+    """Yield the source's repositories in the order of its units. Units that belong to one repository must follow
+    each other."""
     current: Repository | None = None
     for unit in source.list_units():
         for file in source.read(unit, settings.max_file_bytes):

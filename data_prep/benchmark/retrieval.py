@@ -1,8 +1,8 @@
 """Retrieval over a repository's other files, as CrossCodeEval does it.
 
 The files are cut, blank lines dropped, into chunks of 10 lines that do not overlap. The query is the last 10 non-blank
-lines of the prompt. `rg1` returns, for each of the best 5 chunks, the chunk that follows it in its file (the last one of a
-file returns itself); `oracle` adds the target to the query and returns the chunks themselves.
+lines of the prompt. `rg1` returns, for each of the best 5 chunks, the chunk that follows it in its file (the last
+one of a file returns itself); `oracle` adds the target to the query and returns the chunks themselves.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which targets become samples: filters as upstream, and a choice that does not depend on their number.
 
 Upstream drops prompts of fewer than 10 lines of code, targets of fewer than 3 or more than 30 tokens, and targets that
-stand verbatim in another file. Here a target that stands verbatim earlier in its own prompt goes too, and one that needs
-nothing after the name (the name alone and closing brackets).
+stand verbatim in another file. Here a target that stands verbatim earlier in its own prompt goes too, and one that
+needs nothing after the name (the name alone and closing brackets).
 """
 
 from __future__ import annotations

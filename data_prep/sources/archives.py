@@ -1,7 +1,7 @@
 """A folder of wheels, sdists and other zip and tar archives: each is one repository. Nothing is unpacked to disk.
 
-Members are read into memory one at a time, never past the size limit, whatever size they claim. Members whose name leaves
-the archive ("..", absolute) and links are left out and counted.
+Members are read into memory one at a time, never past the size limit, whatever size they claim. Members whose name
+leaves the archive ("..", absolute) and links are left out and counted.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ def _license_of(folder: Path) -> str:
 
 
 def commit_of(folder: Path) -> str:
-    """Return the commit that a clone has checked out, read from .git without running git; "" where it cannot be told."""
+    """Return the commit that a clone has checked out, read from .git without running git; "" where it cannot be
+    told."""
     head = _git_file(folder, "HEAD")
     if not head.startswith("ref: "):
         return head if re.fullmatch(r"[0-9a-f]{40,64}", head) else ""

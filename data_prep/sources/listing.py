@@ -16,7 +16,8 @@ _SKIPPED_FOLDERS = frozenset(
 
 
 def walk_files(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Yield the files below `root` with one of the suffixes, sorted. Links to folders are not followed (they may loop)."""
+    """Yield the files below `root` with one of the suffixes, sorted. Links to folders are not followed (they may
+    loop)."""
     for folder, folders, names in os.walk(root, followlinks=False):
         folders[:] = sorted(
             name for name in folders if name not in _SKIPPED_FOLDERS and not os.path.islink(os.path.join(folder, name))

@@ -99,7 +99,8 @@ def _load(name: str, split: str) -> Any:
         return datasets.load_dataset(name, split=split)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         raise DataPrepError(
-            f"Cannot load the dataset {name!r}, split {split!r}: {str(error).splitlines()[0] if str(error) else error!r}. "
+            f"Cannot load the dataset {name!r}, split {split!r}: "
+            f"{str(error).splitlines()[0] if str(error) else error!r}. "
             "Expected a Hub id or a local folder; --dataset-split names the split."
         ) from error
 

@@ -1,7 +1,7 @@
 """StarCoderData: parquet with one row a file.
 
-Columns: max_stars_repo_name, max_stars_repo_path, max_stars_count (null counts as 0), content. The content may begin with
-<reponame>, <filename> and <gh_stars> tags, which are stripped.
+Columns: max_stars_repo_name, max_stars_repo_path, max_stars_count (null counts as 0), content. The content may
+begin with <reponame>, <filename> and <gh_stars> tags, which are stripped.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def _checked_metadata(path: Path) -> pq.FileMetaData:
     missing = [name for name in COLUMNS if name not in names]
     if missing:
         raise DataPrepError(
-            f"{path} lacks {', '.join(missing)}; it has {', '.join(names)}. Expected StarCoderData's columns; for other "
+            f"{path} lacks {', '.join(missing)}; it has {', '.join(names)}. Expected StarCoderData's columns; for "
+            f"other "
             "data use --dataset with --columns."
         )
     return parquet.metadata
