@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from .arms import Arm
 from .errors import EvalError
 
-_COLOURS = ("#2563a8", "#c2571a", "#2f8f5b", "#8a4fa3", "#b23a48", "#5c6b73", "#a38a00", "#3aa0a0")
-_STYLE = {
+COLOURS = ("#2563a8", "#c2571a", "#2f8f5b", "#8a4fa3", "#b23a48", "#5c6b73", "#a38a00", "#3aa0a0")
+STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "titans-ds",  # the same data gives the same file
     "font.family": "sans-serif",
@@ -40,7 +40,7 @@ _STYLE = {
 def exact_match_figure(comparison: Mapping[str, Any]) -> str:
     """Figure 1: EM of every arm with its interval."""
     arms = comparison["arms"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(len(arms))
         places = range(len(arms))
         means = [arm["em"]["mean"] for arm in arms.values()]
@@ -50,12 +50,12 @@ def exact_match_figure(comparison: Mapping[str, Any]) -> str:
         axes.errorbar(places, means, yerr=reach, fmt="none", ecolor="#222", elinewidth=1.2, capsize=4)
         axes.set_ylabel("exact match (%)")
         _name_places(axes, list(arms))
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def edit_similarity_figure(arms: Mapping[str, Arm]) -> str:
     """Figure 4: every sample's edit similarity by arm, with quartiles and the mean."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(len(arms))
         values = [list(arm.values["es"].values()) for arm in arms.values()]
         boxes = axes.boxplot(values, positions=range(len(arms)), widths=0.55, showmeans=True, patch_artist=True)
@@ -64,7 +64,7 @@ def edit_similarity_figure(arms: Mapping[str, Arm]) -> str:
         axes.set_ylabel("edit similarity")
         axes.set_ylim(-3, 103)
         _name_places(axes, list(arms))
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def likelihood_figure(comparison: Mapping[str, Any]) -> str | None:
@@ -72,7 +72,7 @@ def likelihood_figure(comparison: Mapping[str, Any]) -> str | None:
     arms = {name: arm for name, arm in comparison["arms"].items() if "nll_target" in arm}
     if not arms:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(len(arms))
         for shift, (measure, label) in enumerate((("nll_target", "target"), ("nll_missing", "new identifier"))):
             found = [(i, arm[measure]) for i, arm in enumerate(arms.values()) if measure in arm]
@@ -80,11 +80,11 @@ def likelihood_figure(comparison: Mapping[str, Any]) -> str | None:
             lows = [m - (m if e["low"] is None else e["low"]) for m, (_, e) in zip(means, found, strict=True)]
             highs = [(m if e["high"] is None else e["high"]) - m for m, (_, e) in zip(means, found, strict=True)]
             places = [i + 0.24 * shift - 0.12 for i, _ in found]
-            axes.errorbar(places, means, yerr=[lows, highs], fmt="o", color=_COLOURS[shift], capsize=4, label=label)
+            axes.errorbar(places, means, yerr=[lows, highs], fmt="o", color=COLOURS[shift], capsize=4, label=label)
         axes.set_ylabel("nats per token")
         axes.legend(frameon=False)
         _name_places(axes, list(arms))
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def training_figures(folder: str | Path) -> dict[str, str]:
@@ -134,7 +134,7 @@ def _curves(records: Sequence[Mapping[str, Any]], wanted: Any) -> dict[str, list
 
 
 def _curves_figure(curves: Mapping[str, list[tuple[float, float]]], label: str) -> str:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(7.2, 3.2))
         for colour, (name, points) in zip(_colours(len(curves)), curves.items(), strict=True):
             steps, values = zip(*points, strict=True)
@@ -142,7 +142,7 @@ def _curves_figure(curves: Mapping[str, list[tuple[float, float]]], label: str) 
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.legend(frameon=False, fontsize=8, ncols=2)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _new_figure(num_places: int) -> tuple[Figure, Axes]:
@@ -156,10 +156,10 @@ def _name_places(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _colours(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
     """The figure as an <svg> element that scales with the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})

@@ -140,9 +140,9 @@ class Subject:
         self._states.clear()
         with contextlib.ExitStack() as stack:
             if path == "ablation":
-                stack.enter_context(self._grafted.disable_memory())
+                stack.enter_context(self.grafted.disable_memory())
             if controls:
-                stack.enter_context(self._grafted.controls(**controls))
+                stack.enter_context(self.grafted.controls(**controls))
             try:
                 yield
             finally:
@@ -150,7 +150,8 @@ class Subject:
                 self._states.clear()
 
     @property
-    def _grafted(self) -> titans_ds.TitansModel:
+    def grafted(self) -> titans_ds.TitansModel:
+        """The grafted model; EvalError where there is none."""
         if self.titans_model is None:
             raise EvalError("This needs a grafted model. Give one with --adapter.")
         return self.titans_model
@@ -169,7 +170,7 @@ class Subject:
         if self._path == "vanilla":
             output = self.base_model(input_ids=ids, attention_mask=mask, **extra)
         else:
-            output = self._grafted(ids, attention_mask=mask, memory=memory, **extra)
+            output = self.grafted(ids, attention_mask=mask, memory=memory, **extra)
         logits = output.logits[:, -1:] if last_only else output.logits
         return logits, output.past_key_values
 
@@ -197,12 +198,12 @@ class Subject:
         return MemoryState.concatenate([found[key] for key in primings])
 
     def _prime_batch(self, texts: Sequence[tuple[str, ...]]) -> list[MemoryState]:
-        with self._grafted.memory_session(len(texts)) as memory:
+        with self.grafted.memory_session(len(texts)) as memory:
             for turn in range(max(map(len, texts), default=0)):
                 ids = [self._encode(row[turn]) if turn < len(row) else [] for row in texts]
                 if any(ids):
                     self.num_tokens_primed += sum(map(len, ids))
-                    self._grafted.prime(ids, memory)
+                    self.grafted.prime(ids, memory)
             rows = torch.arange(len(texts), device=self.device)
             return [memory.state.select(rows[i : i + 1]) for i in range(len(texts))]
 
