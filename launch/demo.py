@@ -28,6 +28,7 @@ from titans_ds.errors import TitansError
 
 ROOT = Path(__file__).resolve().parent.parent
 _CPU_RANKS = 2
+_HUGE = "torch,transformers,sympy,pandas,scipy,numpy"  # most of the files to read, for a dozen each in the corpus
 _LANES = 8  # at least; a multiple of the number of ranks
 
 
@@ -123,8 +124,9 @@ def make_stages(options: argparse.Namespace, machine: Machine) -> list[Stage]:
 
 def corpus_stage(out: Path, packages: int | None) -> Stage:
     """Many packages, little of each: a tiny model learns more from variety."""
-    arguments = ["-m", "data_prep.build_corpus", "--installed", "--restart", "--out", str(out / "corpus")]
+    arguments = ["-m", "data_prep.build_corpus", "--installed", "--exclude", _HUGE, "--restart"]
     arguments += ["--max-files-per-repo", "12", "--max-file-bytes", "30000", "--split-ratios", "70/25/5"]
+    arguments += ["--out", str(out / "corpus")]
     if packages is not None:
         arguments += ["--max-repos", str(packages)]
     return Stage("corpus from the packages installed here", [sys.executable], arguments, out / "corpus")
@@ -159,7 +161,9 @@ def memory_stage(out: Path, options: argparse.Namespace, machine: Machine) -> St
     if options.base is not None:
         arguments += ["--training.checkpointing", "true"]
         arguments += ["--model.dtype", "bfloat16"] if machine.gpu else []
-    return training_stage("memory grafted, base frozen, trained", "quickstart.yaml", arguments, out / "memory", machine)
+    return training_stage(
+        "memory grafted, base frozen, trained", "demo_memory.yaml", arguments, out / "memory", machine
+    )
 
 
 def training_stage(title: str, config: str, arguments: list[str], run_folder: Path, machine: Machine) -> Stage:
