@@ -12,8 +12,8 @@ from .scoring import METRICS, ScoredSample, score_arm
 if TYPE_CHECKING:
     from data_prep.crosscodeeval import CrossCodeEvalRow
 
-# The measures of likelihood: mean nats per token of the target, of its identifiers, of the first identifier that the
-# prompt does not hold. Lower is better.
+# The measures of likelihood: nats per byte of the target and of its identifiers, and the nats of the first identifier
+# that the prompt does not hold. Lower is better.
 LIKELIHOODS = ("nll_target", "nll_identifiers", "nll_missing")
 MEASURES = METRICS + LIKELIHOODS
 
@@ -68,8 +68,13 @@ def _build_arm(
 
 
 def _likelihood(record: Mapping[str, Any], measure: str) -> float | None:
-    """Nats per token; None where there are no such tokens (a target whose identifiers all stand in the prompt)."""
+    """Nats per byte, or of one identifier; None where there is none (say, all identifiers stand in the prompt).
+
+    Per byte, not per token: healing splits the same target into other tokens.
+    """
     likelihood = record.get("likelihood") or {}
     part = measure.removeprefix("nll_")
-    tokens, nats = likelihood.get(f"{part}_tokens") or 0, likelihood.get(f"{part}_nats")
-    return nats / tokens if tokens and nats is not None else None
+    nats, tokens = likelihood.get(f"{part}_nats"), likelihood.get(f"{part}_tokens")
+    if nats is None or not tokens:
+        return None
+    return float(nats) if part == "missing" else float(nats / likelihood[f"{part}_bytes"])

@@ -54,9 +54,9 @@ class Settings:
             "id_precision": 1.0,
             "id_recall": 1.0,
             "id_f1": 1.0,
-            "nll_target": 0.02,
-            "nll_identifiers": 0.05,
-            "nll_missing": 0.05,
+            "nll_target": 0.01,
+            "nll_identifiers": 0.02,
+            "nll_missing": 0.1,
         }
     )
 

@@ -124,7 +124,7 @@ def _add_statistics(parser: argparse.ArgumentParser) -> None:
         "--alpha", type=float, default=defaults.alpha, help="level of tests and intervals (default 0.05)"
     )
     parser.add_argument("--resamples", type=int, default=defaults.num_resamples, help="bootstrap draws (default 10000)")
-    for name, unit in (("em", "points"), ("es", "points"), ("nll", "nats per token of the target")):
+    for name, unit in (("em", "points"), ("es", "points"), ("nll", "nats per byte of the target")):
         parser.add_argument(f"--margin-{name}", type=float, help=f"largest difference that counts as none, {unit}")
 
 

@@ -72,19 +72,25 @@ def likelihood_figure(comparison: Mapping[str, Any]) -> str | None:
     arms = {name: arm for name, arm in comparison["arms"].items() if "nll_target" in arm}
     if not arms:
         return None
+    panels = (("nll_target", "target, nats per byte"), ("nll_missing", "new identifier, nats"))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new_figure(len(arms))
-        for shift, (measure, label) in enumerate((("nll_target", "target"), ("nll_missing", "new identifier"))):
-            found = [(i, arm[measure]) for i, arm in enumerate(arms.values()) if measure in arm]
-            means = [entry["mean"] for _, entry in found]
-            lows = [m - (m if e["low"] is None else e["low"]) for m, (_, e) in zip(means, found, strict=True)]
-            highs = [(m if e["high"] is None else e["high"]) - m for m, (_, e) in zip(means, found, strict=True)]
-            places = [i + 0.24 * shift - 0.12 for i, _ in found]
-            axes.errorbar(places, means, yerr=[lows, highs], fmt="o", color=COLOURS[shift], capsize=4, label=label)
-        axes.set_ylabel("nats per token")
-        axes.legend(frameon=False)
-        _name_places(axes, list(arms))
+        figure, both = pyplot.subplots(1, 2, figsize=(max(7.5, 2.4 + 1.1 * len(arms)), 3.4))
+        for index, (axes, (measure, label)) in enumerate(zip(both, panels, strict=True)):
+            _draw_intervals(axes, [arm.get(measure) for arm in arms.values()], COLOURS[index])
+            axes.set_ylabel(label)
+            _name_places(axes, list(arms))
+        figure.tight_layout()
         return as_svg(figure)
+
+
+def _draw_intervals(axes: Axes, entries: Sequence[Mapping[str, Any] | None], colour: str) -> None:
+    """A point and its interval for every arm that has the measure."""
+    for place, entry in enumerate(entries):
+        if entry is not None:
+            mean = entry["mean"]
+            low, high = (mean if entry[key] is None else entry[key] for key in ("low", "high"))
+            reach = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+            axes.errorbar([place], [mean], yerr=reach, fmt="o", color=colour, capsize=4)
 
 
 def training_figures(folder: str | Path) -> dict[str, str]:

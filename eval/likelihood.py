@@ -69,15 +69,16 @@ def token_nats(logits: Tensor, target: ScoredTarget, vocabulary: TokenBytes) -> 
 def summarise_likelihood(
     target: str, prompt: str, language: str, scored: ScoredTarget, nats: Sequence[float], vocabulary: TokenBytes
 ) -> dict[str, Any]:
-    """Return nats and token counts of the target, of its identifiers, of its first identifier that the prompt lacks.
+    """Return nats, tokens and bytes of the target, of its identifiers, of its first identifier that the prompt lacks.
 
-    A token counts for an identifier where they share a byte.
+    A token counts for an identifier where they share a byte. Divide by bytes: the two boundaries have other tokens.
     """
     spans = _token_spans(scored, vocabulary)
     names = _identifier_spans(target, language)
     known = set(WORD.findall(prompt))
     missing = next(((name, span) for name, span in names if name not in known), None)
     found: dict[str, Any] = {"target_bytes": len(target.encode("utf-8"))}
+    found["identifiers_bytes"] = sum(end - start for _, (start, end) in names)
     found |= _total("target", nats, range(len(nats)))
     found |= _total("identifiers", nats, _overlapping(spans, [span for _, span in names]))
     found |= _total("missing", nats, _overlapping(spans, [missing[1]] if missing else []))

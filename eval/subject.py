@@ -197,6 +197,10 @@ class Subject:
         self._remember(found)
         return MemoryState.concatenate([found[key] for key in primings])
 
+    def forget(self) -> None:
+        """Drop the memories kept for reuse."""
+        self._states.clear()
+
     def _prime_batch(self, texts: Sequence[tuple[str, ...]]) -> list[MemoryState]:
         with self.grafted.memory_session(len(texts)) as memory:
             for turn in range(max(map(len, texts), default=0)):

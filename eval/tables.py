@@ -19,7 +19,11 @@ LABELS = {
     "nll_identifiers": "NLL identifiers",
     "nll_missing": "NLL new identifier",
 }
-UNITS = {measure: "nats per token" if measure.startswith("nll") else "points" for measure in MEASURES}
+UNITS = dict.fromkeys(MEASURES, "points") | {
+    "nll_target": "nats per byte",
+    "nll_identifiers": "nats per byte",
+    "nll_missing": "nats",
+}
 _TESTED = ("em", "es", "id_f1", "nll_target", "nll_identifiers", "nll_missing")
 
 
@@ -50,8 +54,8 @@ def means_table(comparison: Mapping[str, Any], es_backend: str, rule: str) -> Ta
     ]
     note = (
         f"Post-processing {rule}, edit similarity by {es_backend}. In brackets {level}% intervals, clustered by "
-        "repository. NLL in nats per token of the target, of its identifiers, of its first identifier that the prompt "
-        "does not hold."
+        "repository. NLL: nats per byte of the target and of its identifiers; nats of the first identifier that the "
+        "prompt does not hold."
     )
     return Table("Means", note, ["mode", "n", *(LABELS[measure] for measure in measures)], rows)
 

@@ -1,0 +1,176 @@
+"""Evaluation speed against plain Hugging Face `generate`, as ratios measured in one run.
+
+    python -m benchmarks.eval_throughput --base BASE [--adapter DIR] --data rows.jsonl --limit 32 --batch-size 8
+
+Two workloads on the same rows, greedy, with the same lengths and the same batch size:
+  completions   one boundary, completions only: `generate` in batches as the rows come, left-padded, against the decoder
+                with refill and its stop at the end of the statement
+  full          what an evaluation needs: both boundaries and the target's likelihood under each; for `generate` two
+                calls (it cannot heal: the unhealed prompt twice) and two forward passes
+With an adapter the memory is primed on the row's snippets in both. Also printed: the share of equal scored predictions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.benchmark import load_benchmark, select_rows
+from eval.decoding import Decoder, DecodeSettings, Job
+from eval.likelihood import healed_target, plain_target
+from eval.postprocess import is_settled, postprocess
+from eval.prompts import Budget, PromptBuilder
+from eval.provenance import describe_environment
+from eval.retrieval import Retriever
+from eval.subject import ModelSettings, Subject
+
+
+class Workload:
+    """The same rows as jobs for the decoder and as batches for `generate`."""
+
+    def __init__(self, subject: Subject, options: argparse.Namespace) -> None:
+        self.subject, self.options = subject, options
+        self.path = "graft" if options.adapter else "vanilla"
+        rows = select_rows(load_benchmark(options.data), options.limit, "random", 0)
+        self.rows = rows
+        budget = Budget(options.max_length, 0, 0, options.max_new_tokens).fitted_to(subject.max_positions)
+        builder = PromptBuilder(subject.tokenizer, subject.vocabulary, budget)
+        retriever = Retriever()
+        self.jobs = {}
+        for task, row in rows.items():
+            built = builder.build(row, "", infill=False)
+            healed = healed_target(subject.tokenizer, subject.vocabulary, row.prompt, row.groundtruth, built.healed)
+            self.jobs[task] = Job(
+                task,
+                built.prefix,
+                built.healed.removed,
+                built.healed.text,
+                ("heal", "plain"),
+                {"heal": healed, "plain": plain_target(subject.tokenizer, row.groundtruth)},
+                retriever.snippets(row) if options.adapter else (),
+                lambda text, row=row: is_settled(row.prompt, text, row.language),
+            )
+
+    def decode(self, full: bool) -> dict[str, str]:
+        """Our way; returns the plain completions."""
+        options, subject = self.options, self.subject
+        settings = DecodeSettings(options.batch_size, options.max_new_tokens, eos_tokens=subject.eos_tokens)
+        decoder = Decoder(subject, subject.vocabulary, settings, subject.device)
+        jobs = list(self.jobs.values())
+        if not full:
+            jobs = [Job(j.key, j.prefix, j.removed, j.healed_text, ("plain",), {}, j.priming, j.stop) for j in jobs]
+        with subject.on_path(self.path):
+            return {c.key: c.text for c in decoder.run(jobs) if c.boundary == "plain"}
+
+    def generate(self, full: bool) -> dict[str, str]:
+        """Plain Hugging Face; returns the completions."""
+        completions: dict[str, str] = {}
+        jobs, size = list(self.jobs.values()), self.options.batch_size
+        with self.subject.on_path(self.path):
+            for start in range(0, len(jobs), size):
+                part = jobs[start : start + size]
+                for _ in range(2 if full else 1):
+                    completions |= self._generate(part)
+                    if full:
+                        self._score(part)
+        return completions
+
+    @contextlib.contextmanager
+    def _memory(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+        if not self.options.adapter:
+            yield {}
+            return
+        with self.subject.grafted.memory_session(len(jobs)) as session:
+            self.subject.forget()  # what the decoder primed is not this side's to use
+            session.state = self.subject.memory_for([job.priming for job in jobs])
+            yield {"memory": session}
+
+    def _generate(self, jobs: Sequence[Job]) -> dict[str, str]:
+        ids, mask = _left_padded([job.prefix + job.removed for job in jobs], self.subject.device)
+        model = self.subject.grafted if self.options.adapter else self.subject.base_model
+        length = self.options.max_new_tokens
+        with self._memory(jobs) as memory, torch.no_grad():
+            found = model.generate(
+                ids, attention_mask=mask, max_new_tokens=length, do_sample=False, pad_token_id=0, **memory
+            )
+        texts = [self.subject.vocabulary.text(row) for row in found[:, ids.shape[1] :].tolist()]
+        return dict(zip((job.key for job in jobs), texts, strict=True))
+
+    def _score(self, jobs: Sequence[Job]) -> None:
+        ids, mask = _left_padded([j.prefix + j.removed + j.targets["plain"].tokens for j in jobs], self.subject.device)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        with torch.no_grad():
+            state = self.subject.memory_for([job.priming for job in jobs])
+            self.subject(ids, mask, positions, None, state, last_only=False)
+
+    def same_share(self, first: dict[str, str], second: dict[str, str]) -> float:
+        """Share of rows whose completions come out the same after post-processing."""
+        cut = [
+            [postprocess("parity", row.prompt, side[task], row.groundtruth, row.language) for side in (first, second)]
+            for task, row in self.rows.items()
+        ]
+        return sum(a == b for a, b in cut) / len(cut)
+
+
+def _left_padded(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    length = max(map(len, sequences))
+    ids = torch.tensor([[0] * (length - len(s)) + s for s in sequences], device=device)
+    mask = torch.tensor([[0] * (length - len(s)) + [1] * len(s) for s in sequences], device=device)
+    return ids, mask
+
+
+def _timed(call: Callable[[], dict[str, str]], device: torch.device, repeats: int) -> tuple[float, dict[str, str]]:
+    """Return the best of `repeats` times in seconds, and the result."""
+    best, result = float("inf"), {}
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best, result
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    options = _options()
+    subject = Subject.load(ModelSettings(options.base, options.adapter, options.device, options.dtype), False)
+    work = Workload(subject, options)
+    report: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(options).items()}, "rows": len(work.rows)}
+    for name, full in (("completions", False), ("full", True)):
+        ours, decoded = _timed(lambda full=full: work.decode(full), subject.device, options.repeats)
+        theirs, generated = _timed(lambda full=full: work.generate(full), subject.device, options.repeats)
+        report[name] = {
+            "decoder_seconds": round(ours, 2),
+            "generate_seconds": round(theirs, 2),
+            "speedup": round(theirs / ours, 2),
+            "same_predictions": work.same_share(decoded, generated),
+        }
+    print(json.dumps(report | describe_environment(), indent=2))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--adapter")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--max-new-tokens", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
