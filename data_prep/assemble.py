@@ -154,7 +154,7 @@ class _Repository:
 
 
 def _record(table: pa.Table, rows: Sequence[int], settings: CorpusSettings) -> dict[str, Any]:
-    first = {name: table[name][rows[0]].as_py() for name in ("repo", "license", "version", "stars")}
+    first = {name: table[name][rows[0]].as_py() for name in ("repo", "license", "version", "stars", "home_page")}
     split = split_of(first["repo"], settings.split_ratios, settings.split_seed)
     return {**first, "split": split, "files": len(rows)}
 

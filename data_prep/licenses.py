@@ -84,6 +84,13 @@ def license_from_metadata(metadata: Message | Any) -> str:
     return " OR ".join(known)
 
 
+def home_pages_from_metadata(metadata: Message | Any) -> str:
+    """Return the addresses of a distribution's Home-page and Project-URL fields, with blanks between."""
+    urls = [str(metadata.get("Home-page") or "")]
+    urls += [str(entry).partition(",")[2].strip() for entry in metadata.get_all("Project-URL") or ()]
+    return " ".join(dict.fromkeys(url for url in urls if url.startswith("http")))
+
+
 def license_from_text(text: str) -> str:
     """Return the SPDX identifier of a licence file's text, "" where it is not one of the usual texts."""
     return next((spdx for pattern, spdx in _TEXTS if re.search(pattern, text[:20_000])), "")

@@ -37,7 +37,7 @@ def choose_repositories(records: Sequence[dict[str, Any]], max_repos: int | None
     return [record for record in records if record["repo"] in chosen]
 
 
-class _SplitWriter:
+class SplitWriter:
     """Writes one split as parquet shards of about SHARD_BYTES; their final names need the number of shards."""
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -90,7 +90,7 @@ def write_corpus(
     require_filled(Counter(record["split"] for record in chosen), plan.settings.split_ratios)
     split_by_repo = {record["repo"]: record["split"] for record in chosen}
     with atomic_folder(out) as folder:
-        writers = {split: _SplitWriter(folder, split) for split in SPLITS}
+        writers = {split: SplitWriter(folder, split) for split in SPLITS}
         for bucket in range(plan.num_buckets):
             _write_bucket(assembled_path(plan, bucket), split_by_repo, writers)
         paths = {split: writer.close() for split, writer in writers.items()}
@@ -99,7 +99,7 @@ def write_corpus(
     return manifest
 
 
-def _write_bucket(path: Path, split_by_repo: dict[str, str], writers: dict[str, _SplitWriter]) -> None:
+def _write_bucket(path: Path, split_by_repo: dict[str, str], writers: dict[str, SplitWriter]) -> None:
     with pa.memory_map(str(path)) as source:
         reader = pa.ipc.open_file(source)
         for number in range(reader.num_record_batches):

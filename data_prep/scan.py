@@ -34,6 +34,7 @@ RUN_SCHEMA = pa.schema(
         ("license", pa.string()),
         ("stars", pa.int64()),
         ("version", pa.string()),
+        ("home_page", pa.string()),
     ]
 )
 HASH_SCHEMA = pa.schema(
@@ -73,7 +74,8 @@ class _Scan:
         repo_hash = self.repo_hashes.setdefault(file.repo, hash64(file.repo))
         file_id = (self.number << 32) | self.num_read
         self.hashes.append((file_id, repo_hash, hash64(file.path), file.stars, *hash128(content)))
-        self.rows.append((file_id, repo_hash, file.repo, file.path, content, file.license, file.stars, file.version))
+        origin = (file.license, file.stars, file.version, file.home_page)
+        self.rows.append((file_id, repo_hash, file.repo, file.path, content, *origin))
         self.num_bytes += len(content) + 200
         if self.num_bytes >= RUN_BYTES:
             self.flush()

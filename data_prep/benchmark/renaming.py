@@ -34,8 +34,7 @@ _BUILTIN_TYPES = (
 )  # fmt: skip
 _MIN_LETTERS = 3
 # Plain words, none of which Python or its library uses as a name.
-_WORDS = tuple(
-    """
+_WORD_LIST = """
     acorn amber anvil apron arbor aspen atlas autumn badge bamboo barley basil beacon birch bison bramble breeze
     brook cactus canoe canyon carrot cedar cellar chalk cherry cinder clover cobalt comet copper coral cotton
     crane cricket crystal cypress dahlia daisy dune eagle ember falcon feather fennel ferry fiddle fjord flint
@@ -46,8 +45,8 @@ _WORDS = tuple(
     reed ribbon river robin rosemary saddle saffron sage salmon sandal sapphire satchel shell sorrel sparrow
     spruce squash starling summit sunset swallow tansy teapot thicket thimble thistle thyme timber topaz trellis
     tulip tundra turnip umber valley velvet vessel violet walnut warbler willow winter wren yarrow zephyr
-    """.split()
-)
+"""
+_WORDS = tuple(_WORD_LIST.split())
 
 
 def own_names(files: Mapping[str, str], kept: frozenset[str] = frozenset()) -> frozenset[str]:

@@ -26,7 +26,7 @@ from packaging.utils import (
 )
 
 from ..errors import DataPrepError
-from ..licenses import license_from_metadata, license_from_text
+from ..licenses import home_pages_from_metadata, license_from_metadata, license_from_text
 from .base import Source, SourceFile, Unit
 from .listing import listing_hash, require_folder, size_of
 
@@ -73,11 +73,13 @@ class ArchiveFolder(Source):
         try:
             with _open_archive(Path(self.root, unit.key)) as archive:
                 members = list(_members(archive))
-                license_id, stated = _metadata(archive, members)
+                license_id, stated, home_page = _metadata(archive, members)
                 for member in members:
                     if member.name.endswith(self.suffixes):
                         content, problem = _read(archive, member, max_file_bytes)
-                        yield SourceFile(repo, member.name, content, license_id, None, version or stated, problem)
+                        yield SourceFile(
+                            repo, member.name, content, license_id, None, version or stated, problem, home_page
+                        )
         except _BROKEN:
             yield SourceFile(repo, unit.key, None, problem="unreadable_archive")
 
@@ -150,9 +152,10 @@ def _read(archive: zipfile.ZipFile | tarfile.TarFile, member: _Member, max_bytes
     return (content, "") if len(content) <= max_bytes else (None, "too_large")
 
 
-def _metadata(archive: zipfile.ZipFile | tarfile.TarFile, members: list[_Member]) -> tuple[str, str]:
-    """Return (licence, version) of the METADATA or PKG-INFO nearest to the root, else of a LICENSE file's text."""
-    license_id = version = ""
+def _metadata(archive: zipfile.ZipFile | tarfile.TarFile, members: list[_Member]) -> tuple[str, str, str]:
+    """Return (licence, version, home page) of the METADATA or PKG-INFO nearest to the root, else of a LICENSE
+    file's text."""
+    license_id = version = home_page = ""
     by_depth = sorted(members, key=lambda member: (member.name.count("/"), member.name))
     for member in by_depth:
         name = PurePosixPath(member.name).name
@@ -160,14 +163,15 @@ def _metadata(archive: zipfile.ZipFile | tarfile.TarFile, members: list[_Member]
             content, _ = _read(archive, member, _MAX_METADATA_BYTES)
             header = HeaderParser().parsestr((content or b"").decode("utf-8", "replace"))
             license_id, version = license_from_metadata(header), header.get("Version") or ""
+            home_page = home_pages_from_metadata(header)
     if license_id:
-        return license_id, version
+        return license_id, version, home_page
     for member in by_depth:
         if _is_license(member.name):
             content, _ = _read(archive, member, _MAX_METADATA_BYTES)
             if found := license_from_text((content or b"").decode("utf-8", "replace")):
-                return found, version
-    return "", version
+                return found, version, home_page
+    return "", version, home_page
 
 
 def _is_license(name: str) -> bool:

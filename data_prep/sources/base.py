@@ -16,7 +16,7 @@ class SourceFile:
     """One file as its source has it.
 
     `content` is None where the file was not read; then `problem` says why (a key of the manifest's `rejected` counts).
-    `stars` is None where the source does not know it.
+    `stars` is None where the source does not know it. `home_page`: the repository's addresses, with blanks between.
     """
 
     repo: str
@@ -26,6 +26,7 @@ class SourceFile:
     stars: int | None = None
     version: str = ""
     problem: str = ""
+    home_page: str = ""
 
 
 @dataclass(frozen=True, slots=True)

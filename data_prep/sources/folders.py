@@ -46,11 +46,11 @@ class RepositoryFolders(Source):
     def read(self, unit: Unit, max_file_bytes: int) -> Iterator[SourceFile]:
         """Yield the repository's files; links are not followed."""
         folder = Path(self.root, unit.key)
-        license_id, version = _license_of(folder), commit_of(folder)
+        license_id, version, home_page = _license_of(folder), commit_of(folder), remote_of(folder)
         for path in walk_files(folder, self.suffixes):
             content, problem = read_regular_file(path, max_file_bytes)
             name = path.relative_to(folder).as_posix().encode("utf-8", "replace").decode()
-            yield SourceFile(unit.key, name, content, license_id, None, version, problem)
+            yield SourceFile(unit.key, name, content, license_id, None, version, problem, home_page)
 
     def license_texts(self, unit: Unit) -> dict[str, str]:
         """Return the texts of the licence files at the repository's root."""
@@ -88,6 +88,13 @@ def commit_of(folder: Path) -> str:
         return ""
     packed = re.search(rf"^([0-9a-f]+) {re.escape(reference)}$", _git_file(folder, "packed-refs"), re.MULTILINE)
     return _git_file(folder, reference) or (packed[1] if packed else "")
+
+
+def remote_of(folder: Path) -> str:
+    """Return the addresses of a clone's remotes, read from .git/config; "" where there are none."""
+    urls = re.findall(r"^\s*url\s*=\s*(\S+)\s*$", _git_file(folder, "config"), re.MULTILINE)
+    # A password in an address must not end up in a manifest.
+    return " ".join(re.sub(r"//[^/@]*@", "//", url) for url in urls)
 
 
 def _git_file(folder: Path, name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
-from ..licenses import license_from_metadata
+from ..licenses import home_pages_from_metadata, license_from_metadata
 from .base import Source, SourceFile, Unit
 from .reading import read_regular_file
 
@@ -40,10 +40,11 @@ class InstalledPackages(Source):
     def read(self, unit: Unit, max_file_bytes: int) -> Iterator[SourceFile]:
         """Yield the Python files of one distribution."""
         dist = metadata.distribution(unit.key)
-        license_id = license_from_metadata(dist.metadata)
+        license_id, home_page = license_from_metadata(dist.metadata), home_pages_from_metadata(dist.metadata)
         for path in self._paths(dist):
             content, problem = read_regular_file(Path(str(dist.locate_file(path))), max_file_bytes)
-            yield SourceFile(unit.key, PurePosixPath(path).as_posix(), content, license_id, None, dist.version, problem)
+            name = PurePosixPath(path).as_posix()
+            yield SourceFile(unit.key, name, content, license_id, None, dist.version, problem, home_page)
 
     def _distributions(self) -> dict[str, metadata.Distribution]:
         excluded = {canonicalize_name(name) for name in self.exclude}
