@@ -26,7 +26,7 @@ from titans_ds.training.lanes import Lanes
 from titans_ds.training.module import TrainingModule
 from titans_ds.training.optimizer import make_optimizer
 from titans_ds.training.packed import open_corpus
-from titans_ds.training.ranks import on_rank_zero, sum_over
+from titans_ds.training.ranks import gather, on_rank_zero, sum_over
 from titans_ds.training.segments import RepositoryReader
 from titans_ds.training.settings import ModelSettings, OptimizerSettings, TrainingSettings
 from titans_ds.training.step import Carried, commit, run_passes
@@ -150,6 +150,30 @@ def compare(case: Case, reference: dict[str, Any], ours: dict[str, Any]) -> dict
     }
 
 
+def spoil_one_rank(engine: DeepSpeedEngine[TrainingModule], lanes: Lanes, case: Case, rank: int) -> dict[str, Any]:
+    """A state that is not finite on rank 1 alone: no rank may change a parameter; the next step is as ever.
+
+    Returns:
+        of the spoilt step and the one after it, which ranks applied it, and whether parameters changed.
+    """
+    names = [n for n, p in engine.module.named_parameters() if p.requires_grad]
+    carried, world_size, report = Carried(), torch.distributed.get_world_size(), {}
+    commit(run_passes(engine, lanes, carried, case.settings, world_size), carried)
+    engine.step(0.0, skip=True)
+    if rank == 1:
+        for layer in (carried.state or {}).values():
+            layer["w0"].fill_(float("nan"))
+    for name in ("spoilt", "next"):
+        before = engine.parameters(names)
+        passes = run_passes(engine, lanes, carried, case.settings, world_size)
+        commit(passes, carried)
+        applied = gather(engine.step(OPTIMIZER.lr, skip=False)[1])
+        after = engine.parameters(names)
+        changed = any(not torch.equal(after[n], before[n]) for n in before)
+        report[name] = {"applied": applied, "changed": changed}
+    return report
+
+
 def partitioned_base(world_size: int) -> dict[str, Any]:
     """A pretrained base loaded under ZeRO-3: how much of it this rank holds, before any engine is made."""
     folder = on_rank_zero(lambda: Path(tempfile.mkdtemp()))
@@ -196,6 +220,8 @@ def main() -> None:
         results.append(
             compare(case, references[key], run(engine, make_lanes(corpus, rank, world_size), case, world_size))
         )
+        if case == Case(case.stage):
+            results[-1]["spoilt"] = spoil_one_rank(engine, make_lanes(corpus, rank, world_size), case, rank)
     if rank == 0:
         Path(sys.argv[-1]).write_text(json.dumps({"loading": loading, "cases": results}, indent=1))
 
