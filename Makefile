@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= auto
 DEMO ?=
-PYTEST ?= -n 2
+PYTEST ?= -n 2 --dist loadfile
 
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.titans_ds_ready

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import tomllib
@@ -12,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
+OWN = {"titans_ds", "launch", "eval", "data_prep", "tests", "benchmarks"}
 
 
 def pins() -> dict[str, str]:
@@ -34,6 +39,29 @@ def test_every_declared_requirement_is_pinned_within_its_range() -> None:
     assert missing == [], "run `make lock` after installing them"
     outside = [str(r) for r in declared() if not r.specifier.contains(versions[canonicalize_name(r.name)])]
     assert outside == []
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Top-level names of the absolute imports of a file, wherever they stand in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.split(".")[0]
+
+
+def test_everything_imported_is_declared() -> None:
+    """What comes along with something else today may be gone tomorrow."""
+    names, distributions = {canonicalize_name(r.name) for r in declared()}, packages_distributions()
+    known = OWN | sys.stdlib_module_names | {"torch"}  # torch may be the one of the interpreter outside
+    undeclared = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for folder in OWN
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imported(path)
+        if name not in known and not any(canonicalize_name(d) in names for d in distributions.get(name, [name]))
+    }
+    assert undeclared == set()
 
 
 def test_pins_choose_no_torch_and_no_cuda() -> None:
