@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,6 +28,12 @@ RULES = {
     "titans, span": settings(TITANS | {"chunk_semantics": "span"}, features=FEATURES),
     "titans, span by chunk": settings(TITANS | {"chunk_semantics": "span", "gate_scope": "chunk"}),
     "titans, every token": settings(TITANS | {"chunk_size": 1, "reduction": "sum"}, step_size=0.05, token_shift=True),
+    "shift, every token, gates by chunk": settings(
+        TITANS | {"chunk_size": 1, "gate_scope": "chunk"}, step_size=0.05, token_shift=True
+    ),
+    "adamw, shift, a call a chunk": settings(
+        {"optimizer": "adamw", "forget_gate": 0.1, "gate_scope": "chunk"}, token_shift=True, inner_steps=2
+    ),
     "titans, a call a chunk": settings(TITANS | {"chunk_size": None}),
     "titans, shift and convolution": settings(TITANS | {"chunk_size": 3}, token_shift=True, features=FEATURES),
     "constant momentum": settings(
@@ -55,6 +63,7 @@ RULES = {
     "ttt-linear": settings({"chunk_size": 3, "token_step_size": True}, depth=1, residual_norm=True, heads=2),
     "huber, residual norm": settings({"chunk_size": 3, "loss": "huber", "huber_delta": 0.2}, residual_norm=True),
     "dot, sum": settings({"chunk_size": 3, "loss": "dot", "reduction": "sum", "max_gradient_norm": 0.5}),
+    "queries not convolved": settings(TITANS, features=replace(FEATURES, convolve_queries=False)),
     "pooled chunks": settings(TITANS, features=FEATURES, **{"write": "pooled"}),
     "recall recipe": settings(
         {"chunk_size": 4, "step_sizes": [0.4, 0.1]},

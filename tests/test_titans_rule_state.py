@@ -31,6 +31,18 @@ def test_a_text_may_be_cut_into_calls_anywhere(name) -> None:
             torch.testing.assert_close(state[key], whole[key], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_no_mask_is_a_mask_of_ones(name) -> None:
+    memory, h = make(name), hidden(2, 3, 7)
+    states, reads = [None, None], [None, None]
+    for call in range(3):
+        for i, mask in enumerate((None, torch.ones(2, 7).bool())):
+            reads[i], states[i], _ = memory(h[:, call], states[i], mask, None, WRITE)
+        torch.testing.assert_close(reads[0], reads[1])
+    for key in states[0]:
+        torch.testing.assert_close(states[0][key], states[1][key])
+
+
 def test_span_takes_every_gradient_at_the_start_of_the_call() -> None:
     """So there a cut changes what is written, unless it leaves one chunk a call: then span is chunk."""
     span, chunk = make("titans, span"), make("titans")
@@ -120,6 +132,14 @@ def test_reading_token_by_token_equals_reading_at_once() -> None:
         read, state, _ = memory(h[:, t : t + 1], state)
         pieces.append(read)
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
+
+
+def test_reads_alone_change_nothing_where_queries_are_not_convolved() -> None:
+    memory, h = make("queries not convolved"), hidden(2, 6)
+    state = memory(hidden(2, 10, seed=1), None, None, None, WRITE)[1]
+    read, after, _ = memory(h, state)
+    assert all(torch.equal(after[n], t) for n, t in state.items())
+    torch.testing.assert_close(memory(h[:, 3:4], state)[0], read[:, 3:4])
 
 
 def test_fixed_queries_read_the_weights_of_the_start() -> None:

@@ -27,6 +27,8 @@ class FeatureConfig:
         convolution: causal depthwise convolution over the tokens written, on keys, values and queries. Starts as the
             identity.
         convolution_kernel: tokens that it sees, the present one included.
+        convolve_queries: false leaves queries out of the convolution: then reading a token needs no other token, and
+            reads alone change no state.
         activation: on keys, values and queries.
         normalize_keys: L2-normalise keys and queries, head by head.
         read_norm: RMSNorm with a learned scale on what f_W returns, head by head, before the output projection.
@@ -35,6 +37,7 @@ class FeatureConfig:
     pre_norm: bool = False
     convolution: bool = False
     convolution_kernel: int = 4
+    convolve_queries: bool = True
     activation: Literal["none", "silu"] = "none"
     normalize_keys: bool = False
     read_norm: bool = False

@@ -111,7 +111,7 @@ class NeuralMemory(MemoryParts):
     def _moved(self, hidden_BTH: Tensor, call: _Call) -> LayerState:
         """What tokens leave behind, beside writes."""
         moved: LayerState = {}
-        if self.tail_length:
+        if self.tail_length and (call.access.write or self.config.features.convolve_queries):
             moved["tail_hidden"] = features.next_tail(call.state["tail_hidden"], hidden_BTH, call.positions)
         if self.config.token_shift and call.access.write:
             moved |= last_token(hidden_BTH, call.positions.mask_BT, call.state)

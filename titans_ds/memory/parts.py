@@ -83,7 +83,8 @@ class MemoryParts(nn.Module):
         if wanted.convolution:
             self.key_convolution = features.Convolution(d, wanted.convolution_kernel)
             self.value_convolution = features.Convolution(d, wanted.convolution_kernel)
-            self.query_convolution = features.Convolution(d, wanted.convolution_kernel)
+            if wanted.convolve_queries:
+                self.query_convolution = features.Convolution(d, wanted.convolution_kernel)
         if wanted.pre_norm:
             self.pre_norm = nn.Parameter(torch.ones(hidden_size))
         if wanted.read_norm:
@@ -127,7 +128,7 @@ class MemoryParts(nn.Module):
         )
         project = self.key_projection if tied else self.query_projection
         queries = project(self._normed(hidden_BTH))
-        if self.tail_length:
+        if self.tail_length and self.config.features.convolve_queries:
             reach = self.config.features.convolution_kernel - 1
             tail = project(self._normed(state["tail_hidden"][:, -reach:].to(hidden_BTH.dtype)))
             queries = self.query_convolution(queries, tail, positions)

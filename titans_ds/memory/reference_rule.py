@@ -98,7 +98,7 @@ def _feature(
     parameters: Parameters, sources: Sequence[Tensor], projection: str, name: str, config: MemoryConfig
 ) -> list[list[Tensor]]:
     projected = [parameters[f"{projection}_projection.weight"] @ h for h in sources]
-    if config.features.convolution:
+    if config.features.convolution and (name != "query" or config.features.convolve_queries):
         weight = parameters[f"{name}_convolution.weight"]
         projected = [
             sum((weight[d] * projected[t - d] for d in range(len(weight)) if t >= d), torch.zeros_like(weight[0]))
