@@ -20,7 +20,7 @@ from titans_ds.errors import CheckpointError, TitansError
 from titans_ds.training import checkpoint_files as files
 from titans_ds.training.checkpoint import Found
 from titans_ds.training.resume import open_checkpoint, universal_of, warn_of_pickles
-from titans_ds.zero.checkpoint import make_universal
+from titans_ds.zero.universal import make_universal
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -139,7 +139,11 @@ def has_pickles(found: Found) -> bool:
 
 def _check_identity(found: Found, own: dict[str, Any]) -> None:
     theirs = found.marker["identity"]
-    other = [k for k in sorted({*own, *theirs}) if own.get(k) != theirs.get(k)]
+    keys = sorted({*own, *theirs})
+    new = [k for k in keys if _unknown(k, own) or _unknown(k, theirs)]
+    other = [k for k in keys if own.get(k) != theirs.get(k) and k not in new]
+    if new:
+        logger.warning("settings that the checkpoint's version and this one do not share: %s", ", ".join(new))
     if other:
         shown = "; ".join(f"{k} is {_show(own, k)} here, {_show(theirs, k)} there" for k in other[:4])
         more = f"; and {len(other) - 4} more" if len(other) > 4 else ""
@@ -147,6 +151,14 @@ def _check_identity(found: Found, own: dict[str, Any]) -> None:
             f"the checkpoint {found.path} is of another run: {shown}{more}. Use the settings in its config.yaml, or "
             "start anew in another run.dir"
         )
+
+
+def _unknown(key: str, values: dict[str, Any]) -> bool:
+    """Whether another version wrote the values, which had no such setting: no section above it is null, either."""
+    parts = key.split(".")
+    above = [".".join(parts[:n]) for n in range(1, len(parts))]
+    below = any(k.startswith(key + ".") for k in values)
+    return key not in values and not below and not any(section in values for section in above)
 
 
 def _for_ranks(found: Found, world_size: int) -> Found:

@@ -1,8 +1,7 @@
-"""DeepSpeed's part of a checkpoint: saved without frozen parameters, made universal, read without an engine."""
+"""DeepSpeed's part of a checkpoint: saved without frozen parameters, loaded, and read without an engine."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from titans_ds.errors import CheckpointError
 from titans_ds.zero.engine import import_deepspeed
+from titans_ds.zero.universal import mended_loading
 
 
 def save(engine: Any, folder: Path) -> None:
@@ -39,44 +39,30 @@ def save(engine: Any, folder: Path) -> None:
         raise CheckpointError(recorder.problem)
 
 
-def load(engine: Any, folder: Path) -> None:
-    """The inverse of `save`, on an engine that was just made. A collective. Files are pickles."""
-    path, _ = engine.load_checkpoint(
-        str(folder.parent), tag=folder.name, load_module_strict=False, load_lr_scheduler_states=False
-    )
-    if path is None:
-        raise CheckpointError(f"DeepSpeed finds no checkpoint in {folder}")
-
-
-def make_universal(folder: Path, out: Path) -> None:
-    """Write DeepSpeed's universal form, for any number of ranks, of a saved ZeRO 1, 2 or 3 engine.
+def load(engine: Any, folder: Path, universal: bool) -> None:
+    """The inverse of `save`, on an engine that was just made. A collective. Files are pickles.
 
     Args:
-        folder: as written by `save`. Its files are pickles.
-        out: made; must not exist.
-    """
-    import_deepspeed()
-    from deepspeed.checkpoint import ds_to_universal
+        engine: DeepSpeed's.
+        folder: as written by `save`, or by titans_ds.zero.universal.make_universal.
+        universal: which of the two.
 
-    # Stages 1 and 2 keep what training frameworks must add to a checkpoint elsewhere; ours has nothing to add.
-    options = argparse.Namespace(
-        input_folder=str(folder),
-        output_folder=str(out),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(options)
+    Raises:
+        CheckpointError: there is nothing to load.
+    """
+    with mended_loading(engine) if universal else contextlib.nullcontext():
+        path, _ = engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, load_module_strict=False, load_lr_scheduler_states=False
+        )
+    if path is None:
+        raise CheckpointError(f"DeepSpeed finds no checkpoint in {folder}")
 
 
 def trained_parameters(folder: Path, universal: bool) -> dict[str, Tensor]:
     """Whole trained parameters by name, fp32 on the CPU, without an engine. Reads pickles.
 
     Args:
-        folder: as written by `save` or `make_universal`.
+        folder: as written by `save`, or by titans_ds.zero.universal.make_universal.
         universal: which of the two.
     """
     if universal:

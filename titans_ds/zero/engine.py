@@ -153,7 +153,7 @@ class DeepSpeedEngine(Generic[Module]):
         """
         from titans_ds.zero import checkpoint
 
-        checkpoint.load(self._engine, folder)
+        checkpoint.load(self._engine, folder, universal)
 
 
 @contextlib.contextmanager
