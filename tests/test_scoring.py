@@ -50,7 +50,7 @@ def test_parity_with_published_scores_on_every_row_through_the_command_line(tmp_
     assert checked == 352
 
 
-def _reference_truncation(prompt: str, completion: str, language: str) -> str:
+def reference_truncation(prompt: str, completion: str, language: str) -> str:
     """The rule as it is worded: grow by one character, parse, look at the next one."""
     if language != "python":
         positions = [completion.find(mark) for mark in ";{}" if mark in completion]
@@ -80,14 +80,14 @@ def _reference_truncation(prompt: str, completion: str, language: str) -> str:
     ],
 )
 def test_python_truncation_is_the_character_by_character_rule(completion: str) -> None:
-    expected = _reference_truncation(PYTHON_PROMPT, completion, "python")
+    expected = reference_truncation(PYTHON_PROMPT, completion, "python")
     assert truncate_statement(PYTHON_PROMPT, completion, "python") == expected
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="ab(),\n :#'\"=;{}é", max_size=30), st.sampled_from(["python", "java", "typescript", "csharp"]))
 def test_truncation_matches_the_reference_on_any_text(completion: str, language: str) -> None:
-    expected = _reference_truncation(PYTHON_PROMPT, completion, language)
+    expected = reference_truncation(PYTHON_PROMPT, completion, language)
     assert truncate_statement(PYTHON_PROMPT, completion, language) == expected
 
 
