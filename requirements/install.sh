@@ -18,7 +18,7 @@ say() { echo "setup: $*"; }
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 torch_of() { "$1" -c 'import torch; print(torch.__version__)' 2>/dev/null; }
 # --no-compile: bytecode is written at the first import, and only for what is imported (saves half a minute here).
-pip_install() { "$VENV/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check "$@"; }
+pip_install() { "$VENV/bin/python" -m pip install -qq --no-compile --disable-pip-version-check "$@"; }
 
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "setup: $PYTHON is missing or older than Python 3.11, which the pinned versions need." \
