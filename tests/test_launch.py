@@ -9,11 +9,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from launch.train import main
 from tests.packed_corpora import random_repos, write_packed
@@ -209,6 +219,44 @@ def test_damaged_corpora(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     large = write_packed(tmp_path / "large", repos, vocab_size=VOCAB + 1)
     assert run_alone(place, "refused", f"--data.corpus={large}") == 2
     assert f"vocabulary of {VOCAB + 1} tokens (test), but the model has {VOCAB}" in capsys.readouterr().err
+
+
+def write_parquet_corpus(folder: Path, columns: tuple[str, ...] = ("repo", "content", "n_bytes")) -> Path:
+    """A corpus as data_prep.build_corpus leaves it, and a tokenizer of single words beside it."""
+    folder.mkdir()
+    words = [f"w{i}" for i in range(20)]
+    for split, first in (("train", 0), ("validation", 10)):
+        rows = [(f"o/r{first + r}", " ".join(words[r : r + 12] * 2)) for r in range(4) for _ in range(2)]
+        table = {"repo": [r for r, _ in rows], "content": [c for _, c in rows], "n_bytes": [len(c) for _, c in rows]}
+        pq.write_table(pa.table({name: table[name] for name in columns}), folder / f"{split}-00000-of-00001.parquet")
+    (folder / "manifest.json").write_text("{}")
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(["?", *words])}, unk_token="?"))
+    backend.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def test_a_corpus_of_parquet_files_is_packed_on_the_way(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the model's tokenizer, once; without one, or without a column, there is a message."""
+    corpus = write_parquet_corpus(tmp_path / "good")
+    options = [f"--data.corpus={corpus}", f"--model.tokenizer={corpus / 'tokenizer'}", "--training.steps=1"]
+    assert run_alone(place, "parquet", *options) == 0
+    packed = next(corpus.glob("packed-*/packed.json"))
+    before = packed.stat().st_mtime_ns
+    assert run_alone(place, "parquet", *options, "--run.overwrite=true") == 0
+    assert packed.stat().st_mtime_ns == before
+    bad = write_parquet_corpus(tmp_path / "bad", columns=("repo", "n_bytes"))
+    assert run_alone(place, "refused", *options, f"--data.corpus={bad}") == 2
+    assert "lacks the column content (it has repo, n_bytes)" in capsys.readouterr().err
+    (bad / "train-00000-of-00001.parquet").write_bytes(b"no parquet")
+    assert run_alone(place, "refused", *options, f"--data.corpus={bad}") == 2
+    assert "is not a readable parquet file" in capsys.readouterr().err
+    architecture = '--model.architecture={"model_type": "llama"}'
+    without = ["--model.base=null", architecture, f"--data.corpus={write_parquet_corpus(tmp_path / 'third')}"]
+    assert run_alone(place, "refused", *without) == 2
+    assert "is not packed; set model.tokenizer to pack it with" in capsys.readouterr().err
 
 
 def test_non_finite_losses_end_the_run_with_a_message(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
