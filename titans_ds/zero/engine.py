@@ -19,25 +19,37 @@ import torch
 from torch import Tensor, nn
 
 from titans_ds.zero.adamw import SkippableAdamW
+from titans_ds.zero.start_errors import check_mpi, explain
 
 Module = TypeVar("Module", bound=nn.Module)
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _TIMEOUT = timedelta(hours=2)  # rank 0 may pack a corpus while the others wait
 
 
 def start_ranks() -> None:
-    """Start torch.distributed through DeepSpeed: under any launcher, or for this process alone."""
+    """Start torch.distributed through DeepSpeed: under any launcher, or for this process alone.
+
+    Raises:
+        ConfigError: the port is in use; or mpirun started the process, and there is no MPI for Python.
+    """
     deepspeed = import_deepspeed()
-    if "RANK" not in os.environ and not _under_mpi():
+    if "RANK" not in os.environ and _under_mpi():
+        check_mpi()
+    elif "RANK" not in os.environ:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone)
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     _share_cores()
-    deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False)
+    port = int(os.environ.get("MASTER_PORT", "29500"))
+    try:
+        deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False, distributed_port=port)
+    except Exception as error:
+        raise explain(error) from error
 
 
 def _share_cores() -> None:
     """Ranks of one host share its cores; each taking all of them slows every one down many times over."""
-    ranks_here = next((int(os.environ[n]) for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if n in os.environ), 1)
+    ranks_here = next((int(os.environ[n]) for n in _LOCAL_SIZES if n in os.environ), 1)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max((os.cpu_count() or 1) // ranks_here, 1))
 
