@@ -74,11 +74,11 @@ def likelihood_figure(comparison: Mapping[str, Any]) -> str | None:
         return None
     panels = (("nll_target", "target, nats per byte"), ("nll_missing", "new identifier, nats"))
     with matplotlib.rc_context(STYLE):
-        figure, both = pyplot.subplots(1, 2, figsize=(max(7.5, 2.4 + 1.1 * len(arms)), 3.4))
+        figure, both = pyplot.subplots(2, 1, figsize=(_width(len(arms)), 5.2), sharex=True)
         for index, (axes, (measure, label)) in enumerate(zip(both, panels, strict=True)):
             _draw_intervals(axes, [arm.get(measure) for arm in arms.values()], COLOURS[index])
             axes.set_ylabel(label)
-            _name_places(axes, list(arms))
+        _name_places(both[1], list(arms))
         figure.tight_layout()
         return as_svg(figure)
 
@@ -152,7 +152,11 @@ def _curves_figure(curves: Mapping[str, list[tuple[float, float]]], label: str) 
 
 
 def _new_figure(num_places: int) -> tuple[Figure, Axes]:
-    return pyplot.subplots(figsize=(max(4.5, 1.6 + 0.95 * num_places), 3.4))
+    return pyplot.subplots(figsize=(_width(num_places), 3.4))
+
+
+def _width(num_places: int) -> float:
+    return max(4.5, 1.6 + 0.95 * num_places)
 
 
 def _name_places(axes: Axes, names: Sequence[str]) -> None:

@@ -54,11 +54,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class BuiltPrompt:
-    """Tokens before the prompt, the prompt healed, tokens after it (fill-in-the-middle), and what was cut."""
+    """Tokens before the prompt, the prompt healed, tokens after it (fill-in-the-middle), the context as far as it is
+    shown, and what was cut."""
 
     head: list[int]
     healed: HealedPrompt
     tail: list[int]
+    context: str
     num_context_tokens: int
     num_prompt_tokens: int
     num_cut_prompt_tokens: int
@@ -88,7 +90,7 @@ class PromptBuilder:
     def build(self, row: CrossCodeEvalRow, context: str, infill: bool) -> BuiltPrompt:
         """Return the tokens of one row; EvalError where the model lacks the tokens for fill-in-the-middle."""
         marks = infill_tokens(self._tokenizer) if infill else None
-        given, context_ids = self._context(context)
+        num_cut, context_ids = self._context(context)
         right = self._encode(row.right_context)[: self._budget.right_tokens] if marks else []
         before = [*self._start, *marks[:1], *context_ids] if marks else [*self._start, *context_ids]
         after = [marks[1], *right, marks[2]] if marks else []
@@ -102,7 +104,14 @@ class PromptBuilder:
             )
         kept = prompt[-room:] if prompt else self._empty_prompt(before)
         return BuiltPrompt(
-            before, heal(kept, self._vocabulary), after, len(context_ids), len(kept), len(prompt) - len(kept), given
+            head=before,
+            healed=heal(kept, self._vocabulary),
+            tail=after,
+            context=self._vocabulary.text(context_ids),
+            num_context_tokens=len(context_ids),
+            num_prompt_tokens=len(kept),
+            num_cut_prompt_tokens=len(prompt) - len(kept),
+            num_cut_context_tokens=num_cut,
         )
 
     def _context(self, context: str) -> tuple[int, list[int]]:

@@ -87,14 +87,17 @@ def _missed_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
 
 def _rules_table(run: RunFolder) -> Table:
     """EM and ES of every arm under every rule and backend: what a choice of scoring does to the figures."""
-    cells: dict[str, list[str]] = {name: [] for name in run.predictions}
-    columns = ["mode"]
+    rows = []
     for rule in RULES:
-        scored = {backend: run.arms(rule, backend) for backend in ES_BACKENDS}
-        columns += [f"EM {rule}", *(f"ES {rule} {backend}" for backend in ES_BACKENDS)]
-        for name in cells:
-            samples = {backend: summarise(list(scored[backend][name].samples.values()), backend) for backend in scored}
-            cells[name].append(f"{samples[ES_BACKENDS[0]]['em']:.2f}")
-            cells[name] += [f"{samples[backend]['es']:.2f}" for backend in ES_BACKENDS]
+        scored = [run.arms(rule, backend) for backend in ES_BACKENDS]
+        for name in run.predictions:
+            means = [
+                summarise(list(arms[name].samples.values()), backend)
+                for arms, backend in zip(scored, ES_BACKENDS, strict=True)
+            ]
+            rows.append([name, rule, f"{means[0]['em']:.2f}", *(f"{mean['es']:.2f}" for mean in means)])
+    rows.sort(key=lambda row: list(run.predictions).index(row[0]))
     note = "The same predictions under every post-processing rule and both edit-similarity backends."
-    return Table("Scoring rules", note, columns, [[name, *row] for name, row in cells.items()])
+    if run.config.get("stop") == "statement":
+        note += " Completions ended with the statement (--stop statement), so that the rule none sees no more of them."
+    return Table("Scoring rules", note, ["mode", "rule", "EM %", *(f"ES {backend}" for backend in ES_BACKENDS)], rows)

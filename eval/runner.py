@@ -222,9 +222,9 @@ class _JobMaker:
         priming = self._mode.priming(row, self._inputs)
         built = self._builder.build(row, context, self._mode.infill)
         self._count(row, built)
-        texts = {_digest(text): text for text in (context, *priming.texts) if text}
+        texts = {_digest(text): text for text in (built.context, *priming.texts) if text}
         facts = {
-            "context": _digest(context) if built.num_context_tokens else None,
+            "context": _digest(built.context) if built.context else None,
             "memory": [_digest(text) for text in priming.texts],
             "primed_from": priming.source,
             "num_prompt_tokens": built.num_prompt_tokens,

@@ -24,6 +24,7 @@ UNITS = dict.fromkeys(MEASURES, "points") | {
     "nll_identifiers": "nats per byte",
     "nll_missing": "nats",
 }
+_SHOWN = ("em", "es", "nll_target", "nll_identifiers", "nll_missing", "id_em", "id_f1", "id_precision", "id_recall")
 _TESTED = ("em", "es", "id_f1", "nll_target", "nll_identifiers", "nll_missing")
 
 
@@ -46,7 +47,7 @@ class Table:
 def means_table(comparison: Mapping[str, Any], es_backend: str, rule: str) -> Table:
     """Return each arm's means with their intervals."""
     arms = comparison["arms"]
-    measures = [measure for measure in MEASURES if any(measure in arm for arm in arms.values())]
+    measures = [measure for measure in _SHOWN if any(measure in arm for arm in arms.values())]
     level = round(100 * (1 - comparison["settings"]["alpha"]))
     rows = [
         [name, str(arm["total"]), *(_mean_cell(measure, arm.get(measure)) for measure in measures)]
@@ -73,8 +74,13 @@ def contrast_tables(comparison: Mapping[str, Any]) -> list[Table]:
 def _contrast_table(measure: str, contrasts: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Table:
     margin = settings["margins"][measure]
     better = "lower is better" if measure.startswith("nll") else "higher is better"
+    tests = (
+        "McNemar's exact test; interval and equivalence by Tango's score method"
+        if measure == "em"
+        else ("bootstrap-t over repositories; equivalence by two t-tests")
+    )
     note = (
-        f"Paired differences in {UNITS[measure]}, {better}. Equivalent: TOST with margin ±{margin:g}. Detectable: "
+        f"Paired differences in {UNITS[measure]}, {better}; {tests}, margin ±{margin:g}. Detectable: "
         f"the smallest true difference that this sample finds with {settings['power']:.0%} power."
     )
     rows = [_contrast_row(measure, c, settings["alpha"]) for c in contrasts if measure in c]

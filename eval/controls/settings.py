@@ -1,0 +1,149 @@
+"""Settings of a positive control: what launch/configs/controls/*.yaml hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from titans_ds.config import GraftConfig, Order, check_choices, check_trainable
+from titans_ds.errors import ConfigError
+from titans_ds.memory_config import MemoryConfig, needs_second_order
+from titans_ds.training.settings import OptimizerSettings
+from titans_ds.validation import build
+
+from ..errors import EvalError
+
+TaskName = Literal["kv_recall", "mqar", "needle", "style", "induction"]
+CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "configs" / "controls"
+
+
+@dataclass(frozen=True)
+class CurriculumSettings:
+    """How hard the training episodes are, and how many there are.
+
+    Args:
+        levels: of difficulty, as the task counts it (pairs, distance in tokens); the next one begins at promote_at.
+        promote_at: exact match on fresh episodes, in percent. None: all levels from the start, drawn at random.
+        batch: episodes in a step.
+        check_every: steps between these measurements.
+        check_episodes: that they are taken on.
+    """
+
+    levels: list[int]
+    promote_at: float | None = 90.0
+    batch: int = 32
+    check_every: int = 20
+    check_episodes: int = 32
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is measured after training.
+
+    Args:
+        levels: of difficulty, those that were not trained on too.
+        episodes: at every level, the same ones for every arm.
+    """
+
+    levels: list[int]
+    episodes: int = 64
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """One positive control.
+
+    Args:
+        task: what is asked.
+        architecture: keys of a transformers configuration with its model_type, random weights; all of it is trained.
+        graft: the memory in it. A text is written in segments of graft.segment_tokens, as `prime` does it.
+        curriculum: training episodes.
+        measure: the table.
+        optimizer: AdamW; its cosine ends with the budget.
+        order: of the memory's training.
+        task_options: of the task, such as its number of questions.
+        full_context: changes to `architecture` for the model that has the whole context in its window, no memory.
+        minutes: training budget of each model and seed; None where `steps` is given.
+        steps: the same in optimizer steps.
+    """
+
+    task: TaskName
+    architecture: dict[str, Any]
+    graft: GraftConfig
+    curriculum: CurriculumSettings
+    measure: MeasureSettings
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    order: Order = "second"
+    task_options: dict[str, Any] = field(default_factory=dict)
+    full_context: dict[str, Any] = field(default_factory=dict)
+    minutes: float | None = 8.0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if (self.minutes is None) == (self.steps is None):
+            raise ConfigError("set either minutes or steps, the one not used to null")
+        check_trainable(self.graft, self.order)
+
+
+def load_control(
+    task: str, changes: dict[str, Any], path: Path | None = None, order: str | None = None
+) -> ControlConfig:
+    """The settings of a control.
+
+    Args:
+        task: its name, which is that of its file, too.
+        changes: dotted name -> value, put in place of what the file says.
+        path: another file.
+        order: `first` also leaves out what first-order training gives no gradient.
+
+    Raises:
+        EvalError, ConfigError: the file is missing, or a setting is wrong.
+    """
+    path = path or CONFIGS / f"{task}.yaml"
+    if not path.is_file():
+        raise EvalError(
+            f"{path} does not exist; give --config, or one of {', '.join(sorted(p.stem for p in CONFIGS.glob('*.yaml')))}."
+        )
+    values: dict[str, Any] = yaml.safe_load(path.read_text())
+    if values.get("task") != task:
+        raise EvalError(
+            f"{path} is a control of task {values.get('task')!r}, not {task!r}; give a --config of this task."
+        )
+    for name, value in changes.items():
+        _set(values, name, value)
+    if (order or values.get("order")) == "first":
+        values["order"] = "first"
+        _for_first_order(values)
+    elif order:
+        values["order"] = order
+    config: ControlConfig = build(ControlConfig, values, "", False)
+    return config
+
+
+def _set(values: dict[str, Any], name: str, value: Any) -> None:
+    *groups, last = name.split(".")
+    for group in groups:
+        values = values.setdefault(group, {})
+    values[last] = value
+
+
+def _for_first_order(values: dict[str, Any]) -> None:
+    memory = build(MemoryConfig, values["graft"].get("memory", {}), "graft.memory.", False)
+    values["graft"]["memory"] = first_order_part(memory)
+
+
+def first_order_part(memory: MemoryConfig) -> MemoryConfig:
+    """The memory without those learned parts that first-order training gives no gradient: they stay as they start."""
+    frozen: dict[str, Any] = {"learn_initial_weights": False}
+    for name in needs_second_order(memory):
+        if name.startswith("rule."):
+            memory = replace(memory, rule=replace(memory.rule, **{name.removeprefix("rule."): False}))
+        elif name.startswith("features."):
+            memory = replace(memory, features=replace(memory.features, **{name.removeprefix("features."): False}))
+        else:
+            frozen[name] = False if name.startswith("learn") else "orthogonal"
+    return replace(memory, **frozen)
