@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class Call:
         reset: [B], true where a sample starts from W_0 whatever `given` says.
         mask: [B, T], true where a token may be written.
         access: read only, or read and write.
+        follows: queries see the tokens before them (convolution): reads need the padding mask, and a generation's next
+            step reads with the state that the step before moved on.
         new: by layer, the state it would write; filled by the forward pass (and again by a recomputation).
         stats: by layer, what the write reports.
     """
@@ -38,8 +40,15 @@ class Call:
     reset: Tensor | None = None
     mask: Tensor | None = None
     access: Access = field(default_factory=Access)
+    follows: bool = False
     new: dict[int, LayerState] = field(default_factory=dict)
     stats: dict[int, LayerState] = field(default_factory=dict)
+
+    def state_of(self, index: int) -> LayerState | None:
+        """The state that layer `index` reads, in a dict of its own: ZeRO-3 changes the dicts it meets, in place."""
+        if self.follows and not self.access.write and index in self.new:
+            return dict(self.new[index])
+        return None if self.given is None else dict(self.given[index])
 
 
 @contextlib.contextmanager
@@ -56,5 +65,13 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     """Forward pre-hook of the base model: hand the active call down as a keyword argument."""
     call = _ACTIVE.get()
     if call is not None and KEYWORD not in kwargs:
-        kwargs = {**kwargs, KEYWORD: call}
+        kwargs = {**kwargs, KEYWORD: _with_mask(call, args, kwargs) if call.follows else call}
     return args, kwargs
+
+
+def _with_mask(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The call with the padding mask of this forward's own tokens: a cached step's mask covers those before too."""
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not isinstance(ids, Tensor):
+        return call
+    return replace(call, mask=mask[:, -ids.shape[1] :])

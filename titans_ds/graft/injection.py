@@ -40,8 +40,10 @@ class GraftedMemory(nn.Module):
         self.layer_index = layer_index
         self.injection = config.injection
         self.floor, self.floor_mode = config.gate_floor, config.gate_floor_mode
-        # MAC reads with its own queries: a query projection would never be used, nor get a gradient.
-        memory = replace(config.memory, query_projection="tied") if config.injection == "mac" else config.memory
+        memory = config.memory
+        if config.injection == "mac":  # reads with its own queries: those of the tokens would never get a gradient
+            features = replace(memory.features, convolve_queries=False)
+            memory = replace(memory, query_projection="tied", features=features)
         self.memory = NeuralMemory(hidden_size, memory, layer_index)
         self.gate = nn.Parameter(torch.full((1,), float(config.gate_init)))  # g; [1]: ZeRO breaks on 0-dim parameters
         if config.injection == "mag":
@@ -113,9 +115,8 @@ def before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _consult(grafted: GraftedMemory, hidden: Tensor, call: Call) -> Flight:
     index = grafted.layer_index
-    given = None if call.given is None else dict(call.given[index])  # ZeRO-3 changes the dicts it meets, in place
-    signal, s, new_state, stats = grafted(hidden, given, call.mask, call.reset, call.access)
-    if call.access.write:
+    signal, s, new_state, stats = grafted(hidden, call.state_of(index), call.mask, call.reset, call.access)
+    if call.access.write or call.follows:
         call.new[index] = new_state
     call.stats[index] = stats
     return Flight(signal, s)

@@ -281,10 +281,16 @@ class TitansModel(nn.Module):
 
         Raises:
             StateError: the session has another batch size.
-            ConfigError: assistant_model (its own forward passes would have to read the memory too).
+            ConfigError: assistant_model (its own forward passes would have to read the memory too); beam search where
+                queries are convolved (each hypothesis would need a tail of its own).
         """
         if kwargs.get("assistant_model") is not None:
             raise ConfigError("generate: assistant_model is not supported with a memory; leave it out")
+        if self._follows and _option(self, kwargs, "num_beams") > 1:
+            raise ConfigError(
+                "generate: beam search can't follow queries that are convolved with the tokens before them; use greedy "
+                "search or sampling, or train with memory.features.convolve_queries false"
+            )
         if write_prompt:
             if memory is None:
                 raise ConfigError("generate: write_prompt needs a session to write into; pass memory=")
@@ -299,7 +305,14 @@ class TitansModel(nn.Module):
         if state is not None:
             self._check_batch(state, batch_size)
             state = state.repeat(times) if times > 1 else state
-        return Call(given=None if state is None else state.layers, access=Access(controls=self._controls))
+        layers = None if state is None else state.layers
+        return Call(given=layers, access=Access(controls=self._controls), follows=self._follows)
+
+    @property
+    def _follows(self) -> bool:
+        """Whether a token's query sees the tokens before it, beside the memory."""
+        features = self.config.memory.features
+        return features.convolution and features.convolve_queries and self.config.injection != "mac"
 
     @staticmethod
     def _call(call: Call | None) -> contextlib.AbstractContextManager[None]:
@@ -341,6 +354,10 @@ def attach(
 
 def _expansion(model: TitansModel, kwargs: dict[str, Any]) -> int:
     """How many rows generate() makes of each sample."""
+    return max(_option(model, kwargs, name) for name in ("num_beams", "num_return_sequences"))
+
+
+def _option(model: TitansModel, kwargs: dict[str, Any], name: str) -> int:
+    """A number that generate() takes from its keywords or from the generation config; 1 where it is not set."""
     config = kwargs.get("generation_config") or model.base_model.generation_config
-    values = [kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
-    return max(int(cast(int, v or 1)) for v in values)
+    return int(cast(int, kwargs.get(name, getattr(config, name, None)) or 1))
