@@ -10,8 +10,9 @@ PYTEST ?= -n 2 --dist loadfile
 
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.titans_ds_ready
-# One thread a process: the tests and the demo start several processes at a time.
-RUN := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+RUN := PATH="$(BIN):$$PATH" TOKENIZERS_PARALLELISM=false
+# One thread a process: the tests start several at a time. (Training shares the cores among its ranks by itself.)
+TESTING := $(RUN) OMP_NUM_THREADS=1
 
 .PHONY: setup demo test lint types imports pytest format lock
 .DEFAULT_GOAL := test
@@ -38,7 +39,7 @@ imports: setup
 	@$(RUN) lint-imports --no-logo
 
 pytest: setup
-	@$(RUN) python -m pytest $(PYTEST)
+	@$(TESTING) python -m pytest $(PYTEST)
 
 format: setup
 	@$(RUN) ruff format .
