@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TitansError as error:
         if ranks.rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        stop_ranks()
         return 2
 
 
@@ -227,7 +228,7 @@ def describe(console: Console, engine: Engine, hosts: list[int]) -> None:
 
 
 def stop_ranks() -> None:
-    """Leave torch.distributed, which warns otherwise."""
+    """Leave torch.distributed; its threads can abort a process that ends without."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -18,7 +18,7 @@ from tests.packed_corpora import random_repos, write_packed
 from tests.tiny_models import tiny_base
 from titans_ds.config import GraftConfig, MemoryConfig
 from titans_ds.errors import DataError, TrainingError
-from titans_ds.training.build import gate_names, trainable_names
+from titans_ds.training.build import enable_checkpointing, gate_names, trainable_names
 from titans_ds.training.engine import TorchEngine
 from titans_ds.training.evaluation import Evaluator, estimate
 from titans_ds.training.lanes import Lanes
@@ -219,7 +219,7 @@ def test_checkpointing_and_order_do_not_change_losses(corpus: PackedCorpus) -> N
         config = make_config(order=order, window=3, checkpointing=checkpointing)
         engine = make_engine(config)
         if checkpointing:
-            engine.module.model.base_model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            enable_checkpointing(engine.module.model.base_model)
         lanes = Lanes(RepositoryReader(corpus.split("train"), SEGMENT), 2, 0, 1, seed=0)
         loss = run_passes(engine, lanes, Carried(), config.training, 1).loss_sum
         results[order, checkpointing] = loss, engine.gradients(trainable_names(engine.module))

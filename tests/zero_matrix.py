@@ -20,7 +20,7 @@ import titans_ds
 from tests.packed_corpora import random_repos, write_packed
 from tests.tiny_models import tiny_base
 from titans_ds.config import GraftConfig, MemoryConfig
-from titans_ds.training.build import load_base
+from titans_ds.training.build import enable_checkpointing, load_base
 from titans_ds.training.engine import Engine, TorchEngine
 from titans_ds.training.lanes import Lanes
 from titans_ds.training.module import TrainingModule
@@ -100,7 +100,7 @@ def make_module(case: Case) -> TrainingModule:
     torch.manual_seed(1)
     model = titans_ds.attach(base, GraftConfig(segment_tokens=SEGMENT, memory=memory), case.trainable == "memory")
     if case.checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(base)
     return TrainingModule(model.to(getattr(torch, case.dtype)), case.settings.loss_chunk_tokens).train()
 
 
@@ -224,6 +224,8 @@ def main() -> None:
             results[-1]["spoilt"] = spoil_one_rank(engine, make_lanes(corpus, rank, world_size), case, rank)
     if rank == 0:
         Path(sys.argv[-1]).write_text(json.dumps({"loading": loading, "cases": results}, indent=1))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # its threads can abort a process that ends without
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ def _graft(base: nn.Module, config: TrainConfig, train_base: bool) -> TitansMode
 
 def enable_checkpointing(base: nn.Module) -> None:
     """Recompute each layer's activations in backward, non-reentrant."""
-    cast(Any, base).gradient_checkpointing_enable({"use_reentrant": False})
+    newer = getattr(base, "activation_checkpointing_enable", None)  # its name in newer transformers
+    (newer or cast(Any, base).gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def load_tokenizer(settings: ModelSettings) -> Any | None:
