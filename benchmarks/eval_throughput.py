@@ -70,6 +70,18 @@ class Workload:
         with subject.on_path(self.path):
             return {c.key: c.text for c in decoder.run(jobs) if c.boundary == "plain"}
 
+    def equal_tokens(self, batch_size: int) -> float:
+        """Share of tokens that come out the same alone and in a batch: 1 in float32, less in bfloat16 on a GPU."""
+        runs = []
+        for size in (1, batch_size):
+            settings = DecodeSettings(size, self.options.max_new_tokens, eos_tokens=self.subject.eos_tokens)
+            decoder = Decoder(self.subject, self.subject.vocabulary, settings, self.subject.device)
+            with self.subject.on_path(self.path):
+                runs.append({(c.key, c.boundary): c.tokens for c in decoder.run(self.jobs.values())})
+        pairs = [(runs[0][key], runs[1][key]) for key in runs[0]]
+        equal = sum(a == b for first, second in pairs for a, b in zip(first, second, strict=False))
+        return equal / sum(max(len(first), len(second)) for first, second in pairs)
+
     def generate(self, full: bool) -> dict[str, str]:
         """Plain Hugging Face; returns the completions."""
         completions: dict[str, str] = {}
@@ -154,6 +166,8 @@ def main() -> None:
             "speedup": round(theirs / ours, 2),
             "same_predictions": work.same_share(decoded, generated),
         }
+    if options.invariance:
+        report["equal_tokens_alone_and_in_batch"] = work.equal_tokens(options.batch_size)
     print(json.dumps(report | describe_environment(), indent=2))
 
 
@@ -167,6 +181,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--max-new-tokens", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--invariance", action="store_true", help="also compare a batch with single rows")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     return parser.parse_args()

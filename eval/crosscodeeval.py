@@ -28,7 +28,7 @@ from .tables import contrast_tables, means_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, or 2 after printing what the user can mend."""
+    """Run one command; return 0, 2 after printing what the user can mend, or 130 where the user stopped it."""
     options = _parser().parse_args(arguments)
     data_error = data_prep_module("errors").DataPrepError
     try:
@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TitansError, data_error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; everything made so far is on disk (a run goes on with --resume)", file=sys.stderr)
+        return 130
     return 0
 
 
