@@ -136,20 +136,24 @@ class Decoder:
         """
         pending = deque(sorted(jobs, key=lambda job: -len(job.prefix)))
         active: _Batch | None = None
+        ready: deque[_Batch] = deque()  # read, but of a kind of cache that cannot join others
         in_flight: dict[str, Job] = {}
         done: set[tuple[str, str]] = set()
-        while pending or active:
+        while pending or ready or active:
             finished: list[_Row] = []
             try:
-                admitted = self._take(pending, active)
+                admitted = [] if ready else self._take(pending, active)
                 in_flight |= {job.key: job for job in admitted}
                 if admitted:
-                    active = self._join(active, self._admit(admitted, done))
+                    ready.extend(self._admit(admitted, done))
+                if ready and (active is None or row_cache.can_join(active.cache)):
+                    active = self._join(active, ready.popleft())
                 finished, active = self._step(active)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 self._halve(error)
                 pending.extendleft(in_flight.values())
                 active, in_flight = None, {}
+                ready.clear()
             for row in finished:
                 done.add((row.job.key, row.boundary))
                 if all((row.job.key, boundary) in done for boundary in row.job.boundaries):
@@ -180,22 +184,23 @@ class Decoder:
 
     # --- entering ----------------------------------------------------------------------------------------------------
 
-    def _admit(self, jobs: list[Job], done: set[tuple[str, str]]) -> _Batch:
-        """Read the prefixes, score the targets, and return a batch with one row for each boundary not done yet."""
+    def _admit(self, jobs: list[Job], done: set[tuple[str, str]]) -> list[_Batch]:
+        """Read the prefixes, score the targets, and return one row for each boundary not done yet.
+
+        All in one batch, or in several where the cache cannot join them.
+        """
         ids, mask = _pad(([job.prefix for job in jobs]), self._device, left=True)
         memory = self._forward.memory_for([job.priming for job in jobs])
         logits, cache = self._forward(ids, mask, _positions(mask), None, memory, last_only=True)
         self.num_prefills += 1
         read = _Batch([], cache, mask, logits[:, -1], memory)
-        batch: _Batch | None = None
+        batches: list[_Batch] = []
         for boundary, removed in _groups(jobs):
             rows = [i for i, job in enumerate(jobs) if _member(job, boundary, removed, done)]
             if rows:
                 part = self._branch(read, rows, [jobs[i] for i in rows], boundary, removed)
-                batch = self._join(batch, part)
-        if batch is None:
-            raise EvalError("A job without boundaries was given; expected heal or plain.")
-        return batch
+                batches.append(self._join(batches.pop(), part) if batches and row_cache.can_join(cache) else part)
+        return batches
 
     def _branch(self, read: _Batch, rows: list[int], jobs: list[Job], boundary: str, num_removed: int) -> _Batch:
         index = torch.tensor(rows, device=self._device)

@@ -72,6 +72,7 @@ def plan_run(options: RunOptions, folder: Path, resume: bool) -> RunPlan:
     all_rows = load_benchmark(options.data, options.language)
     rows = select_rows(all_rows, options.limit, options.subset, options.seed)
     identity = {"data_sha256": file_digest(options.data), "adapter_sha256": _adapter_digest(options.adapter)}
+    identity["base_files"] = _base_files(options.base)
     plan = RunPlan(options, folder, all_rows, rows, modes, options.digest(identity))
     _check_folder(plan, resume)
     write_json(folder / CONFIG, _config(plan, identity))
@@ -81,10 +82,22 @@ def plan_run(options: RunOptions, folder: Path, resume: bool) -> RunPlan:
 def _adapter_digest(adapter: str | None) -> str | None:
     if adapter is None:
         return None
-    weights = Path(adapter) / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise EvalError(f"{adapter} holds no adapter ({weights.name} is missing). Expected what save_pretrained wrote.")
-    return file_digest(weights)
+    files = [Path(adapter) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    for path in files:
+        if not path.is_file():
+            raise EvalError(
+                f"{adapter} holds no adapter ({path.name} is missing). Expected what save_pretrained wrote."
+            )
+    return hashlib.sha256("".join(file_digest(path) for path in files).encode()).hexdigest()
+
+
+def _base_files(base: str) -> dict[str, Any] | None:
+    """What tells one local base model from another without reading all of it; None for a hub id."""
+    folder = Path(base)
+    if not (folder / "config.json").is_file():
+        return None
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    return {"config_sha256": file_digest(folder / "config.json"), "sizes": sizes}
 
 
 def _check_folder(plan: RunPlan, resume: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import titans_ds
 from eval import crosscodeeval
@@ -149,6 +149,24 @@ def test_completions_and_likelihoods_do_not_depend_on_batch_or_order(family: str
         for key, completion in alone.items():
             assert other[key].tokens == completion.tokens
             assert other[key].nats == pytest.approx(completion.nats, rel=1e-3, abs=1e-3)
+
+
+def test_sliding_window_models_decode_batch_after_batch_to_the_same_text(tokenizer: Any) -> None:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "sliding_window": 6}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", **sizes)).eval()
+    subject = Subject(model, None, tokenizer)
+    jobs = _jobs(tokenizer, subject.vocabulary)
+    alone = _decode(subject, jobs, 1)
+    together = _decode(subject, jobs, 8)
+    assert {k: c.tokens for k, c in alone.items()} == {k: c.tokens for k, c in together.items()}
+    job = jobs[0]
+    ids = torch.tensor([job.prefix + job.removed])
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert (
+        together[job.key, "plain"].tokens == found[0, ids.shape[1] :].tolist()[: len(together[job.key, "plain"].tokens)]
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_5"])
