@@ -6,6 +6,7 @@ python -m eval.harness run --model titans --model_args pretrained=BASE,adapter=D
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 from titans_ds.errors import TitansError
 
@@ -13,11 +14,8 @@ from titans_ds.errors import TitansError
 def main() -> int:
     """Register the model, then hand over to the harness."""
     try:
-        from lm_eval.__main__ import cli_evaluate
-
-        from . import harness_model  # noqa: F401  (registers the class)
-
-        cli_evaluate()
+        import_module(".harness_model", __package__)  # registers the class; says what is missing, if anything is
+        import_module("lm_eval.__main__").cli_evaluate()
     except TitansError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

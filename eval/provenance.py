@@ -18,7 +18,7 @@ def describe_environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "git_commit": _git_commit(),
         "machine": _machine(),
-        "command": " ".join(["python -m eval.crosscodeeval", *sys.argv[1:]]),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
     }
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,15 +120,20 @@ def _student(mean: float, error: float, degrees: int, level: float) -> tuple[flo
 def _bootstrap_t(
     groups: _ClusterSums, error: float, level: float, num_resamples: int, seed: int
 ) -> tuple[float, float, float]:
-    num_clusters = len(groups.sums)
-    generator = np.random.default_rng(seed)
-    draws = generator.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=num_resamples)
-    means, errors = _standard_errors(groups, draws.astype(np.float64))
+    means, errors = _standard_errors(groups, _draws(len(groups.sums), num_resamples, seed))
     usable = errors > 1e-9 * error
     pivots = np.abs(means[usable] - groups.mean) / errors[usable]
     reach = float(np.quantile(pivots, level)) * error
     p_value = (1 + np.count_nonzero(pivots >= abs(groups.mean) / error)) / (1 + len(pivots))
     return groups.mean - reach, groups.mean + reach, float(p_value)
+
+
+@lru_cache(maxsize=4)
+def _draws(num_clusters: int, num_resamples: int, seed: int) -> Floats:
+    """How often each resample holds each cluster, [resamples, clusters]; the same for all measures over the same clusters."""
+    generator = np.random.default_rng(seed)
+    draws = generator.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=num_resamples)
+    return draws.astype(np.float64)
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:

@@ -33,7 +33,7 @@ _CODE = (
 )
 
 
-def _byte_level() -> PreTrainedTokenizerFast:
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     # As in Qwen and Llama 3: one character that is no letter may stand before a word, so that ".get" is a token.
     words = pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\s+|."), "isolated")
@@ -69,10 +69,10 @@ def _plain_words() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return _byte_level()
+    return byte_level_tokenizer()
 
 
-@pytest.mark.parametrize("make", [_byte_level, _sentencepiece, _plain_words])
+@pytest.mark.parametrize("make", [byte_level_tokenizer, _sentencepiece, _plain_words])
 def test_tokens_as_bytes_join_to_the_text_and_prefix_searches_find_what_a_scan_finds(make: Any) -> None:
     tokenizer = make()
     vocabulary = TokenBytes(tokenizer)

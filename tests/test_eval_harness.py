@@ -12,7 +12,7 @@ import pytest
 
 import titans_ds
 from eval.errors import EvalError
-from tests.test_eval_generation import VOCAB, _byte_level
+from tests.test_eval_generation import VOCAB, byte_level_tokenizer
 from tests.tiny_models import tiny_base
 from titans_ds import GraftConfig, MemoryConfig
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("harness")
     base = tiny_base("qwen2", vocab_size=VOCAB, max_position_embeddings=512)
     base.save_pretrained(root / "base")
-    _byte_level().save_pretrained(root / "base")
+    byte_level_tokenizer().save_pretrained(root / "base")
     config = GraftConfig(gate_init=3.0, memory=MemoryConfig(dim=16, step_size=0.3))
     titans_ds.attach(copy.deepcopy(base), config).save_pretrained(root / "adapter")
     docs = [{"question": f"x{n} = self.", "choices": ["get_total", "add"], "answer": n % 2} for n in range(4)]

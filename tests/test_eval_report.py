@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, AutoModel
 
 from eval import crosscodeeval
 from eval.analysis import differing_samples, missed_identifiers
@@ -17,6 +19,7 @@ from eval.modes import ModeInputs, get_modes
 from eval.report import highlight_difference
 from eval.retrieval import Retriever, bm25_scores
 from eval.run_folder import read_run
+from tests.test_eval_generation import byte_level_tokenizer
 
 NUM_ROWS = 12
 
@@ -203,6 +206,21 @@ def test_wrong_snippets_are_another_repositorys_and_the_same_whatever_the_limit(
         assert rows[priming.source].repository != rows[task].repository
         assert priming == mode.priming(rows[task], everything)
     assert any(mode.priming(row, other_seed) != chosen[task] for task, row in rows.items())
+
+
+def test_embedding_retrieval_ranks_by_similarity_with_a_local_encoder(folder: Path, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    encoder = AutoModel.from_config(AutoConfig.for_model("bert", num_attention_heads=2, **sizes))
+    encoder.save_pretrained(tmp_path / "encoder")
+    byte_level_tokenizer().save_pretrained(tmp_path / "encoder")
+    row = read_run(folder).rows["t0"]
+    query = "\n".join(line for line in row.prompt.split("\n") if line.strip())
+    chunks = [replace(row.crossfile_list[0], retrieved_chunk=text) for text in ("zzz ~~ 99", query, "class Car: pass")]
+    retriever = Retriever("embedding", num_chunks=2, embedder=str(tmp_path / "encoder"))
+    found = retriever.chunks(replace(row, crossfile_list=tuple(chunks)))
+    assert len(found) == 2
+    assert found[0].retrieved_chunk == query
+    assert query.split("\n")[0] in retriever.text(replace(row, crossfile_list=tuple(chunks)))
 
 
 def test_bm25_puts_the_chunk_that_shares_words_first() -> None:
