@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.test_titans_rule import GRAPH, MASKS, RULES, WRITE, H, hidden, make
+from tests.test_titans_rule import GRAPH, LEARNED, MASKS, RULES, WRITE, H, hidden, make
 from titans_ds.config import GraftConfig, MemoryConfig, RuleConfig, check_trainable
 from titans_ds.errors import ConfigError
 from titans_ds.memory import Access, Controls, MemoryState, NeuralMemory
@@ -278,3 +278,14 @@ def test_rule_settings_have_no_surprises() -> None:
     assert MemoryConfig().rule == RuleConfig()
     assert not RuleConfig().has_momentum
     assert RuleConfig().token_gates == ()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_everything_is_computed_on_the_device_of_the_hidden_states(name) -> None:
+    """On the meta device any tensor made elsewhere is an error."""
+    memory = NeuralMemory(H, MemoryConfig(**RULES[name] | LEARNED), 0).to("meta", torch.bfloat16)
+    h, state = torch.empty(2, 7, H, device="meta", dtype=torch.bfloat16), None
+    for mask, reset in ((None, None), (torch.empty(2, 7, device="meta"), torch.empty(2, device="meta").bool())):
+        read, state, _ = memory(h, state, mask, reset, Access(write=True, graph=True, stats=True))
+    assert {t.device.type for t in (read, *state.values())} == {"meta"}
+    read.sum().backward()
