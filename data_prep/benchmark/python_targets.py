@@ -128,6 +128,10 @@ class PythonFinder:
         class, or as a parameter annotated with it.
         """
         typed: dict[int, Imported] = {}
+        if not any(
+            not source.symbol or source.symbol in self.definitions[source.file].members for source in imported.values()
+        ):
+            return typed
         for scope in ast.walk(tree):
             if isinstance(scope, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 known = dict(self._bound_objects(scope, imported))

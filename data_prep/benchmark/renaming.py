@@ -49,10 +49,10 @@ _WORD_LIST = """
 _WORDS = tuple(_WORD_LIST.split())
 
 
-def own_names(files: Mapping[str, str], kept: frozenset[str] = frozenset()) -> frozenset[str]:
-    """Return the identifiers to rename. `kept` are names to leave alone besides those said above."""
+def own_names(files: Mapping[str, str]) -> frozenset[str]:
+    """Return the identifiers to rename."""
     defined: set[str] = set()
-    foreign: set[str] = set(kept)
+    foreign: set[str] = set()
     inside = {part for path in files for part in re.split(r"[/.]", path.removesuffix(".py"))}
     trees = [tree for text in files.values() if (tree := parse_quietly(text)) is not None]
     classes = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
@@ -65,11 +65,17 @@ def own_names(files: Mapping[str, str], kept: frozenset[str] = frozenset()) -> f
 
 def _may_change(name: str) -> bool:
     return (
-        sum(map(str.isalpha, name)) >= _MIN_LETTERS
+        len(name.strip("_")) >= _MIN_LETTERS
+        and _has_letters(name)
         and not (name.startswith("__") and name.endswith("__"))
         and name not in _FIXED
         and bool(_WORD.fullmatch(name))
     )
+
+
+def _has_letters(name: str) -> bool:
+    """Digits and underscores alone have no other form."""
+    return any(map(str.isalpha, name))
 
 
 def _fixed_names() -> frozenset[str]:
@@ -141,11 +147,14 @@ def _last_name(node: ast.expr) -> str:
 class Renamer:
     """A one-to-one map of identifiers; `rename` applies it to any text of the repository."""
 
-    def __init__(self, files: Mapping[str, str], seed: int, kept: frozenset[str] = frozenset()) -> None:
-        """The new names keep the shape of the old ones (snake_case, CamelCase, underscores, digits)."""
+    def __init__(self, files: Mapping[str, str], seed: int, only: frozenset[str] | None = None) -> None:
+        """Rename `own_names(files)`, or just the names in `only`.
+
+        The new names keep the shape of the old ones (snake_case, CamelCase, underscores, digits).
+        """
         used = {word for text in files.values() for word in _WORD.findall(text)} | _FIXED
         self.mapping: dict[str, str] = {}
-        for name in sorted(own_names(files, kept)):
+        for name in sorted(own_names(files) if only is None else filter(_has_letters, only)):
             attempt = 0
             while (new := _new_name(name, seed, attempt)) in used:
                 attempt += 1
