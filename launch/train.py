@@ -44,6 +44,8 @@ from titans_ds.training.settings import TrainConfig
 from titans_ds.zero.config import complete_config, read_config, zero_stage
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
 from titans_ds.zero.loading import partitioned_loading
+from titans_ds.zero.offload import place_nvme
+from titans_ds.zero.ops import needed_ops, prepare_ops
 
 ROOT = Path(__file__).resolve().parent.parent
 STOPPED = 143  # 128 + SIGTERM, as a shell reports it
@@ -141,7 +143,9 @@ def make_engine(
             clip=config.optimizer.clip,
             bf16=config.model.dtype == "bfloat16",
         )
+        settings = place_nvme(settings)
         settings = {**settings, "checkpoint": {**settings.get("checkpoint", {}), "load_universal": universal}}
+        prepare_ops(needed_ops(settings))
     pretrained = settings is not None and config.model.base is not None  # random weights are the same at every stage
     with partitioned_loading(settings) if pretrained else contextlib.nullcontext():
         base = build.load_base(config.model, config.training.seed, corpus.vocab_size)
