@@ -130,7 +130,7 @@ def _bootstrap_t(
 
 @lru_cache(maxsize=4)
 def _draws(num_clusters: int, num_resamples: int, seed: int) -> Floats:
-    """How often each resample holds each cluster, [resamples, clusters]; the same for all measures over the same clusters."""
+    """How often each resample holds each cluster, [resamples, clusters]: the same for all measures over them."""
     generator = np.random.default_rng(seed)
     draws = generator.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=num_resamples)
     return draws.astype(np.float64)
