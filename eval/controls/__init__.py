@@ -1,1 +1,1 @@
-"""Positive controls: small tasks that a memory must solve, through the same graft, session and training step as all else."""
+"""Positive controls: small tasks that a memory must solve, through the same graft, session and training step."""

@@ -85,11 +85,7 @@ def _batch(ids: Integers, labels: Integers, written: bool, reset: bool) -> Batch
 
 
 class EpisodeStream:
-    """Fresh episodes without end, handed to `titans_ds.training.step.run_passes` one segment at a time.
-
-    Args:
-        segments_of: how an episode is cut.
-    """
+    """Hands queued segments to `titans_ds.training.step.run_passes`, as lanes do."""
 
     def __init__(self) -> None:
         self._waiting: list[Step] = []

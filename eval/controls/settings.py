@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from titans_ds.config import GraftConfig, Order, check_choices, check_trainable
+from titans_ds.config import GraftConfig, Order, check_choices
 from titans_ds.errors import ConfigError
-from titans_ds.memory_config import MemoryConfig, needs_second_order
 from titans_ds.training.settings import OptimizerSettings
 from titans_ds.validation import build
 
@@ -63,8 +62,13 @@ class ControlConfig:
         curriculum: training episodes.
         measure: the table.
         optimizer: AdamW; its cosine ends with the budget.
-        order: of the memory's training.
+        order: of the memory's training. At first order W_0, step sizes, gates, value projection and the convolution of
+            keys and values get no gradient, and stay as they start.
+        first_order_parts: leave them so at second order as well: both orders then train the same parameters.
         task_options: of the task, such as its number of questions.
+        convolution_std: where the memory has a convolution, its taps on keys and queries start as this times a
+            standard normal, the same for both. The identity that a graft on a pretrained base starts from makes a key
+            of one token alone; the layers below, which could bring in others, get no gradient from the write.
         full_context: changes to `architecture` for the model that has the whole context in its window, no memory.
         minutes: training budget of each model and seed; None where `steps` is given.
         steps: the same in optimizer steps.
@@ -77,7 +81,9 @@ class ControlConfig:
     measure: MeasureSettings
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     order: Order = "second"
+    first_order_parts: bool = False
     task_options: dict[str, Any] = field(default_factory=dict)
+    convolution_std: float | None = None
     full_context: dict[str, Any] = field(default_factory=dict)
     minutes: float | None = 8.0
     steps: int | None = None
@@ -86,11 +92,12 @@ class ControlConfig:
         check_choices(self)
         if (self.minutes is None) == (self.steps is None):
             raise ConfigError("set either minutes or steps, the one not used to null")
-        check_trainable(self.graft, self.order)
 
 
 def load_control(
-    task: str, changes: dict[str, Any], path: Path | None = None, order: str | None = None
+    task: str,
+    changes: dict[str, Any],
+    path: Path | None = None,
 ) -> ControlConfig:
     """The settings of a control.
 
@@ -98,16 +105,13 @@ def load_control(
         task: its name, which is that of its file, too.
         changes: dotted name -> value, put in place of what the file says.
         path: another file.
-        order: `first` also leaves out what first-order training gives no gradient.
 
     Raises:
         EvalError, ConfigError: the file is missing, or a setting is wrong.
     """
     path = path or CONFIGS / f"{task}.yaml"
     if not path.is_file():
-        raise EvalError(
-            f"{path} does not exist; give --config, or one of {', '.join(sorted(p.stem for p in CONFIGS.glob('*.yaml')))}."
-        )
+        raise EvalError(f"{path} does not exist; give --config, or make one like those in {CONFIGS}.")
     values: dict[str, Any] = yaml.safe_load(path.read_text())
     if values.get("task") != task:
         raise EvalError(
@@ -115,11 +119,8 @@ def load_control(
         )
     for name, value in changes.items():
         _set(values, name, value)
-    if (order or values.get("order")) == "first":
-        values["order"] = "first"
-        _for_first_order(values)
-    elif order:
-        values["order"] = order
+    if "betas" in values.get("optimizer", {}):
+        values["optimizer"]["betas"] = tuple(values["optimizer"]["betas"])
     config: ControlConfig = build(ControlConfig, values, "", False)
     return config
 
@@ -129,21 +130,3 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
     for group in groups:
         values = values.setdefault(group, {})
     values[last] = value
-
-
-def _for_first_order(values: dict[str, Any]) -> None:
-    memory = build(MemoryConfig, values["graft"].get("memory", {}), "graft.memory.", False)
-    values["graft"]["memory"] = first_order_part(memory)
-
-
-def first_order_part(memory: MemoryConfig) -> MemoryConfig:
-    """The memory without those learned parts that first-order training gives no gradient: they stay as they start."""
-    frozen: dict[str, Any] = {"learn_initial_weights": False}
-    for name in needs_second_order(memory):
-        if name.startswith("rule."):
-            memory = replace(memory, rule=replace(memory.rule, **{name.removeprefix("rule."): False}))
-        elif name.startswith("features."):
-            memory = replace(memory, features=replace(memory.features, **{name.removeprefix("features."): False}))
-        else:
-            frozen[name] = False if name.startswith("learn") else "orthogonal"
-    return replace(memory, **frozen)

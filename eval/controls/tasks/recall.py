@@ -19,8 +19,8 @@ from ..episodes import Episode, Integers, ignored
 class KeyValueRecall:
     """`[SEP k1 k2 v1 v2]` N times; then `[ASK k1 k2 v1]`: v1 and v2, both right or it is wrong.
 
-    Chance is 1 / symbols^2. The questions of an episode ask for different pairs, so that no question's answer, which the
-    next ones have before them, helps with another.
+    Chance is 1 / symbols^2. The questions of an episode ask for different pairs, so that no answer helps with the
+    questions after it, which have it before them.
 
     Args:
         symbols: of which keys and values are made.
