@@ -1,0 +1,43 @@
+"""A corpus of more than 100 real packages, downloaded from the package index: every invariant, in test-sized time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import data_prep
+from data_prep.corpus import build
+from data_prep.settings import CorpusSettings
+from data_prep.sources import ArchiveFolder
+from tests.test_data_prep_corpus import check_invariants
+
+PACKAGES = Path(data_prep.__file__).parent / "assets" / "packages.txt"
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheels")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run(
+        [*command, "-d", str(folder), "-r", str(PACKAGES)], capture_output=True, text=True, timeout=400, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"the packages cannot be downloaded here: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+def test_a_corpus_of_a_hundred_real_packages(wheels: Path, tmp_path: Path) -> None:
+    config = CorpusSettings(order="imports")
+    start = time.monotonic()
+    manifest, _ = build(ArchiveFolder(str(wheels)), config, tmp_path / "corpus", num_workers=2)
+    assert time.monotonic() - start < 600
+    assert len(manifest["repositories"]) >= 100
+    assert manifest["filters"][-1]["files"] > 5_000
+    known = [record for record in manifest["repositories"] if record["license"]]
+    assert len(known) >= 0.9 * len(manifest["repositories"])
+    assert all(record["version"] for record in manifest["repositories"])
+    check_invariants(tmp_path / "corpus", manifest, config)
