@@ -114,12 +114,14 @@ def _describe(arm: Arm, settings: Settings) -> dict[str, Any]:
 
 def _mean_with_interval(measure: str, values: list[float], clusters: list[str], settings: Settings) -> dict[str, Any]:
     level = 1 - settings.alpha
+    described: dict[str, Any] = {"mean": sum(values) / len(values), "n": len(values)}
+    described["standard_error"] = significance.clustered_standard_error(values, clusters)
     if measure in ("em", "id_em"):
         low, high = significance.proportion_interval([value / 100 for value in values], clusters, level)
-        return {"mean": sum(values) / len(values), "low": 100 * low, "high": 100 * high, "n": len(values)}
+        return described | {"low": 100 * low, "high": 100 * high}
     found = significance.clustered_interval(values, clusters, level, settings.num_resamples, settings.seed)
     highest = math.inf if measure.startswith("nll") else 100.0
-    return {"mean": found.mean, "low": max(found.low, 0.0), "high": min(found.high, highest), "n": len(values)}
+    return described | {"low": max(found.low, 0.0), "high": min(found.high, highest)}
 
 
 def _compare_pair(first: Arm, second: Arm, settings: Settings) -> dict[str, Any]:

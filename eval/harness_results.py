@@ -15,7 +15,7 @@ def harness_results(
 ) -> dict[str, Any]:
     """Return results, n-samples, configs, versions and config; one task an arm, each metric with its standard error.
 
-    The standard error is the half-width of the clustered interval over the normal quantile of its level.
+    Standard errors are cluster-robust, by repository; "N/A" where all samples are of one.
     """
     tasks = {_task_name(name): arm for name, arm in comparison["arms"].items()}
     filters = f"{rule}-{es_backend}"
@@ -46,14 +46,14 @@ def _task_name(arm: str) -> str:
     return f"crosscodeeval_{arm.replace('@', '_')}"
 
 
-def _metrics(arm: Mapping[str, Any], filters: str) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _metrics(arm: Mapping[str, Any], filters: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for measure in (*METRICS, *LIKELIHOODS):
         if measure in arm:
             entry = arm[measure]
             found[f"{measure},{filters}"] = entry["mean"]
-            spread = None if entry["low"] is None else (entry["high"] - entry["low"]) / 2 / 1.959963984540054
-            found[f"{measure}_stderr,{filters}"] = spread if spread is not None else "N/A"
+            error = entry["standard_error"]
+            found[f"{measure}_stderr,{filters}"] = "N/A" if error is None else error
     return found
 
 

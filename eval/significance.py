@@ -26,6 +26,7 @@ from .errors import EvalError
 
 DEFAULT_RESAMPLES = 10_000
 Floats = NDArray[np.float64]
+_LEAST_CLUSTERS = 5  # fewer that differ: no bootstrap, and no equivalence from their variance alone
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def clustered_interval(
         # A constant difference: all signs equal by chance, clusters being exchangeable.
         p_value = 1.0 if abs(groups.mean) < 1e-12 else 2.0 ** (1 - num_clusters)
         return Interval(groups.mean, groups.mean, groups.mean, 0.0, p_value, len(values), num_clusters)
-    if np.count_nonzero(groups.sums - groups.mean * groups.counts) < 5:
+    if np.count_nonzero(groups.sums - groups.mean * groups.counts) < _LEAST_CLUSTERS:
         low, high, p_value = _student(groups.mean, error, num_clusters - 1, level)
     else:
         low, high, p_value = _bootstrap_t(groups, error, level, num_resamples, seed)
@@ -183,10 +184,9 @@ def tost(
     """Test whether the mean difference lies inside (-margin, margin) (Schuirmann 1987).
 
     Each side is a one-sided t-test with the cluster-robust standard error and clusters - 1 degrees of freedom. The same
-    as the (1 - 2 alpha) interval lying inside the margin. Where all differences are equal there is no variance to go
-    by: of zeros, a measure with a known `value_range` still says that a share of margin / range of samples that
-    differ would have gone unseen with probability (1 - margin / range)^n, the p-value then; everything else is not
-    called equivalent.
+    as the (1 - 2 alpha) interval lying inside the margin. Where fewer than 5 clusters differ at all there is hardly a
+    variance to go by. A measure with a known `value_range` then has p at least (1 - margin / range)^n, the probability
+    that differences which could carry the margin stayed unseen; without one, equal differences are not called equivalent.
 
     Raises:
         EvalError: a margin that is not positive.
@@ -197,14 +197,14 @@ def tost(
     error, degrees = clustered_standard_error(differences, clusters), len(groups.sums) - 1
     if degrees < 1:
         return Equivalence(margin, 1.0, False)
+    few = np.count_nonzero(groups.sums) < _LEAST_CLUSTERS
+    floor = max(0.0, 1 - margin / value_range) ** len(differences) if value_range and few else 0.0
     if error <= 1e-12 * max(1.0, abs(groups.mean)):
-        unseen = 1.0
-        if value_range and groups.mean == 0:
-            unseen = max(0.0, 1 - margin / value_range) ** len(differences)
-        return Equivalence(margin, unseen, unseen < alpha)
-    lower = stats.t.sf((groups.mean + margin) / error, degrees)
-    upper = stats.t.cdf((groups.mean - margin) / error, degrees)
-    p_value = float(max(lower, upper))
+        p_value = floor if value_range and groups.mean == 0 else 1.0
+    else:
+        lower = stats.t.sf((groups.mean + margin) / error, degrees)
+        upper = stats.t.cdf((groups.mean - margin) / error, degrees)
+        p_value = max(float(max(lower, upper)), floor)
     return Equivalence(margin, p_value, p_value < alpha)
 
 

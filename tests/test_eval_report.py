@@ -187,6 +187,20 @@ def test_compare_pairs_two_folders_by_task(folder: Path, tmp_path: Path, capsys:
     assert "B:memory" in capsys.readouterr().out
 
 
+def test_rows_of_one_repository_are_reported_without_claims(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"task_ids": ["t0", "t1"]}))
+    lines = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (folder / "predictions.jsonl").write_text("".join(lines[:6]))
+    assert crosscodeeval.main(["report", str(folder)]) == 0
+    results = json.loads(next(folder.glob("results_*.json")).read_text())["results"]["crosscodeeval_memory"]
+    assert results["em,parity-difflib"] == 100.0
+    assert results["em_stderr,parity-difflib"] == "N/A"
+    comparison = json.loads((folder / "comparison.json").read_text())
+    nll = comparison["contrasts"][0]["nll_target"]
+    assert (nll["low"], nll["high"], nll["p"], nll["equivalent"]) == (None, None, 1.0, False)
+
+
 def test_training_figures_draw_losses_and_gates_but_no_gradients(tmp_path: Path) -> None:
     records = [{"step": n, "loss": 3.0 - n, "gate": {"3": 0.5}, "gate_gradient": {"3": 1e-3}} for n in range(3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -112,6 +112,9 @@ def test_tost_of_identical_arms_needs_enough_of_them_and_a_margin_must_be_positi
     assert not tost([0.0] * 8, "aabbccdd", 1.0, value_range=100).equivalent  # eight samples say too little
     assert tost([0.0] * 400, [i % 20 for i in range(400)], 1.0, value_range=100).p_value == pytest.approx(0.99**400)
     assert not tost([0.0] * 400, [i % 20 for i in range(400)], 1.0).equivalent
+    one_differs = [1.0] + [0.0] * 10
+    assert tost(one_differs, range(11), 1.0).equivalent  # what the t-tests alone would say
+    assert not tost(one_differs, range(11), 1.0, value_range=100).equivalent
     assert not tost([2.0] * 8, "aabbccdd", 1.0).equivalent
     assert not tost([0.0] * 3, "aaa", 1.0).equivalent
     with pytest.raises(EvalError, match="margin"):
