@@ -185,8 +185,9 @@ def tost(
 
     Each side is a one-sided t-test with the cluster-robust standard error and clusters - 1 degrees of freedom. The same
     as the (1 - 2 alpha) interval lying inside the margin. Where fewer than 5 clusters differ at all there is hardly a
-    variance to go by. A measure with a known `value_range` then has p at least (1 - margin / range)^n, the probability
-    that differences which could carry the margin stayed unseen; without one, equal differences are not called equivalent.
+    variance to go by. A measure with a known `value_range` then has p at least (1 - margin / range)^n: the probability
+    that differences which could carry the margin stayed unseen. Without one, equal differences are not called
+    equivalent.
 
     Raises:
         EvalError: a margin that is not positive.
