@@ -1,14 +1,12 @@
-"""data.corpus of a run: a packed corpus as it is, or a corpus folder of parquet files, packed on the way."""
+"""data.corpus of a run: a packed corpus as it is, or a corpus folder of parquet files, packed on the way.
+
+What reads parquet is imported where a corpus is packed: a run on a packed corpus needs none of it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from data_prep.errors import DataPrepError
-from data_prep.pack_corpus import pack
 from titans_ds.errors import DataError
 
 _COLUMNS = ("repo", "content", "n_bytes")
@@ -40,6 +38,13 @@ def packed_corpus(corpus: str, tokenizer: str | None) -> Path:
         raise DataError(f"data.corpus: {folder} is not packed; set model.tokenizer to pack it with")
     for path in sorted(folder.glob("*.parquet")):
         _check_columns(path)
+    return _pack(folder, tokenizer)
+
+
+def _pack(folder: Path, tokenizer: str) -> Path:
+    from data_prep.errors import DataPrepError
+    from data_prep.pack_corpus import pack
+
     try:
         return pack(folder, tokenizer)[0]
     except DataPrepError as error:
@@ -47,6 +52,9 @@ def packed_corpus(corpus: str, tokenizer: str | None) -> Path:
 
 
 def _check_columns(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         columns = pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
