@@ -36,9 +36,10 @@ VARIANTS = ("pairs", "renamed", "broken")
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One parquet shard of a corpus. A repository that spans two shards gives pairs from each part."""
+    """One row group of a corpus. A repository that spans two row groups gives pairs from each part."""
 
     parquet: str
+    row_group: int
     max_pairs: int
     max_characters: int
     target: str
@@ -85,33 +86,36 @@ def make_corpora(
 def _split_pairs(
     corpus: Path, split: str, work: Path, max_pairs: int, max_characters: int, num_workers: int
 ) -> list[Pair]:
-    paths = sorted(corpus.glob(f"{split}-*-of-*.parquet"))
-    jobs = [_Job(str(path), max_pairs, max_characters, str(work / f"{path.stem}.json")) for path in paths]
-    found = map_parallel(_shard_pairs, jobs, num_workers, f"pairs of {split}")
+    jobs = [
+        _Job(str(path), group, max_pairs, max_characters, str(work / f"{path.stem}-{group:05d}.json"))
+        for path in sorted(corpus.glob(f"{split}-*-of-*.parquet"))
+        for group in range(pq.ParquetFile(path).metadata.num_row_groups)
+    ]
+    found = map_parallel(_group_pairs, jobs, num_workers, f"pairs of {split}")
     return [Pair(**{**record, "symbols": tuple(record["symbols"])}) for part in found for record in part]
 
 
-def _shard_pairs(job: _Job) -> list[dict[str, Any]]:
+def _group_pairs(job: _Job) -> list[dict[str, Any]]:
     if Path(job.target).exists():
         return list(read_json(job.target))
     records = [
         vars(pair)
-        for repo, files in _repositories(Path(job.parquet))
+        for repo, files in _repositories(job)
         for pair in make_pairs(repo, files, job.max_pairs, job.max_characters)
     ]
     write_json(job.target, records)
     return records
 
 
-def _repositories(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def _repositories(job: _Job) -> Iterator[tuple[str, dict[str, str]]]:
     current, files = "", dict[str, str]()
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["repo", "path", "content"]):
-        for row in batch.to_pylist():
-            if row["repo"] != current:
-                if files:
-                    yield current, files
-                current, files = row["repo"], {}
-            files[row["path"]] = row["content"]
+    columns = ["repo", "path", "content"]
+    for row in pq.ParquetFile(job.parquet).read_row_group(job.row_group, columns=columns).to_pylist():
+        if row["repo"] != current:
+            if files:
+                yield current, files
+            current, files = row["repo"], {}
+        files[row["path"]] = row["content"]
     if files:
         yield current, files
 

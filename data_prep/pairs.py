@@ -64,9 +64,13 @@ def make_pairs(repo: str, files: Mapping[str, str], max_pairs: int, max_characte
         if target.kind == "name":
             used[target.defined_in, target.file].add(target.name)
     places = sorted(used, key=lambda place: hash64("\0".join((repo, *place)), "pair"))
+    statements = {
+        path: _Statements(files[path]) for path in {path for place in places[: 8 * max_pairs] for path in place}
+    }
     made = 0
-    for source, user in places:
-        pair = _make(repo, files, source, user, used[source, user])
+    # Few places fail; a bound on the tries keeps a repository of thousands of files from taking minutes.
+    for source, user in places[: 8 * max_pairs]:
+        pair = _make(repo, statements, source, user, used[source, user])
         if pair and max(len(pair.definitions), len(pair.usage)) <= max_characters:
             yield pair
             made += 1
@@ -74,8 +78,8 @@ def make_pairs(repo: str, files: Mapping[str, str], max_pairs: int, max_characte
                 return
 
 
-def _make(repo: str, files: Mapping[str, str], source: str, user: str, names: set[str]) -> Pair | None:
-    defining, using = _Statements(files[source]), _Statements(files[user])
+def _make(repo: str, statements: Mapping[str, _Statements], source: str, user: str, names: set[str]) -> Pair | None:
+    defining, using = statements[source], statements[user]
     symbols = tuple(sorted(name for name in names if name in defining.by_name))
     module = module_of(source)
     if not symbols or not all(part.isidentifier() for part in module.split(".")):
