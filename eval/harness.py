@@ -10,11 +10,13 @@ from importlib import import_module
 
 from titans_ds.errors import TitansError
 
+from .harness_model import titans_lm
+
 
 def main() -> int:
     """Register the model, then hand over to the harness."""
     try:
-        import_module(".harness_model", __package__)  # registers the class; says what is missing, if anything is
+        titans_lm()
         import_module("lm_eval.__main__").cli_evaluate()
     except TitansError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,11 +3,12 @@
     python -m eval.harness run --model titans --tasks hellaswag \\
         --model_args pretrained=BASE,adapter=DIR,path=graft,prime=notes.txt
 
-Importing this module registers the class; it needs the extra: pip install titans-ds[harness].
+The harness is imported when the class is asked for; it needs the extra: pip install titans-ds[harness].
 """
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,6 @@ from torch import Tensor
 
 from .errors import EvalError
 from .subject import ModelSettings, Subject
-
-try:
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
-except ImportError as error:
-    raise EvalError(
-        f"lm-evaluation-harness cannot be imported ({error}). Install it with: pip install titans-ds[harness]."
-    ) from error
 
 _PATHS = ("graft", "ablation")
 
@@ -56,43 +49,56 @@ class _WithMemory:
         return getattr(self._subject.base_model, name)
 
 
-@register_model("titans")
-class TitansLM(HFLM):
-    """A base model with an adapter.
+@cache
+def titans_lm() -> type:
+    """Return the class `TitansLM`, registered as `titans`; EvalError where the harness is not installed."""
+    try:
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise EvalError(
+            f"lm-evaluation-harness cannot be imported ({error}). Install it with: pip install titans-ds[harness]."
+        ) from error
 
-    Args:
-        pretrained: base model, folder or hub id.
-        adapter: adapter folder.
-        path: graft (the memory is read) or ablation (it is skipped).
-        prime: a text file that the memory reads first; every request then reads the same memory.
-        device, dtype: as in `python -m eval.crosscodeeval run`.
-        kwargs: of HFLM: batch_size, max_length, add_bos_token, …
-    """
+    @register_model("titans")
+    class TitansLM(HFLM):
+        """A base model with an adapter.
 
-    def __init__(
-        self,
-        pretrained: str,
-        adapter: str,
-        path: str = "graft",
-        prime: str | None = None,
-        device: str | None = None,
-        dtype: str = "auto",
-        trust_remote_code: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        if path not in _PATHS:
-            raise EvalError(f"Unknown path {path!r}. Expected one of {', '.join(_PATHS)}.")
-        settings = ModelSettings(pretrained, adapter, device or "auto", dtype, trust_remote_code)
-        subject = Subject.load(settings, vanilla=False)
-        self._with_memory: _WithMemory | None = None
-        super().__init__(pretrained=subject.base_model, tokenizer=subject.tokenizer, backend="causal", **kwargs)
-        texts = (_read(prime),) if prime else ()
-        self._with_memory = _WithMemory(subject, path, texts)
+        Args:
+            pretrained: base model, folder or hub id.
+            adapter: adapter folder.
+            path: graft (the memory is read) or ablation (it is skipped).
+            prime: a text file that the memory reads first; every request then reads the same memory.
+            device, dtype: as in `python -m eval.crosscodeeval run`.
+            kwargs: of HFLM: batch_size, max_length, add_bos_token, …
+        """
 
-    @property
-    def model(self) -> Any:
-        """What the harness calls."""
-        return self._with_memory or super().model
+        def __init__(
+            self,
+            pretrained: str,
+            adapter: str,
+            path: str = "graft",
+            prime: str | None = None,
+            device: str | None = None,
+            dtype: str = "auto",
+            trust_remote_code: bool = False,
+            **kwargs: Any,
+        ) -> None:
+            if path not in _PATHS:
+                raise EvalError(f"Unknown path {path!r}. Expected one of {', '.join(_PATHS)}.")
+            settings = ModelSettings(pretrained, adapter, device or "auto", dtype, trust_remote_code)
+            subject = Subject.load(settings, vanilla=False)
+            self._with_memory: _WithMemory | None = None
+            super().__init__(pretrained=subject.base_model, tokenizer=subject.tokenizer, backend="causal", **kwargs)
+            texts = (_read(prime),) if prime else ()
+            self._with_memory = _WithMemory(subject, path, texts)
+
+        @property
+        def model(self) -> Any:
+            """What the harness calls."""
+            return self._with_memory or super().model
+
+    return TitansLM
 
 
 def _read(path: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 import titans_ds
 from eval.errors import EvalError
+from eval.harness_model import titans_lm
 from tests.test_eval_generation import VOCAB, byte_level_tokenizer
 from tests.tiny_models import tiny_base
 from titans_ds import GraftConfig, MemoryConfig
@@ -35,9 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _results(folder: Path, **arguments: Any) -> dict[str, Any]:
-    from eval.harness_model import TitansLM
-
-    model = TitansLM(str(folder / "base"), str(folder / "adapter"), device="cpu", batch_size=2, **arguments)
+    model = titans_lm()(str(folder / "base"), str(folder / "adapter"), device="cpu", batch_size=2, **arguments)
     shared = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}"}
     shared["dataset_kwargs"] = {"data_files": {"test": str(folder / "docs.jsonl")}}
     choice = shared | {"task": "tiny_choice", "output_type": "multiple_choice"}
