@@ -12,7 +12,7 @@ import torch
 from eval.controls import models
 from eval.controls.episodes import Episode, EpisodeStream, segments, whole
 from eval.controls.measure import Answers, measure, score
-from eval.controls.results import SeedResult, is_better, summarise, table
+from eval.controls.results import SeedResult, is_better, summarise, table, verdict
 from eval.controls.settings import CONFIGS, load_control
 from eval.controls.tasks import TASKS, make_task
 from eval.controls.training import Budget, ControlTrainer
@@ -180,10 +180,13 @@ def test_intervals_over_seeds_decide_whether_memory_is_better() -> None:
     clear = summarise([seed_result(s, m, a) for s, m, a in ((0, 90, 1), (1, 95, 2), (2, 92, 0))])
     assert clear["8"]["arms"]["memory"]["em"]["mean"] == pytest.approx(92.333, abs=1e-3)
     assert is_better(clear, "8") == {"ablation": True, "wrong": True}
+    assert verdict(clear, "N =").endswith("N = 8 yes")
     unclear = summarise([seed_result(s, m, a) for s, m, a in ((0, 10, 1), (1, 2, 5), (2, 6, 4))])
     assert is_better(unclear, "8") == {"ablation": False, "wrong": False}
+    assert verdict(unclear, "N =").endswith("N = 8 no")
     single = summarise([seed_result(0, 90, 1)])
     assert is_better(single, "8") == {"ablation": None, "wrong": None}
+    assert "--seeds 3" in verdict(single, "N =")
     assert json.loads(json.dumps(single, allow_nan=False))
 
 
@@ -287,6 +290,18 @@ def test_errors_say_what_to_do(
     assert message.startswith("error: ")
     assert told in message
     assert "Traceback" not in message
+
+
+def test_the_command_line_makes_a_linear_memory_of_another_size(tmp_path: Path) -> None:
+    kept = ("curriculum.batch", "measure.episodes", "architecture")
+    tiny = [f"--set={name}={json.dumps(value)}" for name, value in TINY.items() if name.startswith(kept)]
+    small = ["--steps", "1", "--memory", "linear", "--dim", "24", "--pairs", "2", "--measure", "3", "--no-full-context"]
+    assert main(["kv_recall", "--order", "first", "--out", str(tmp_path), *tiny, *small]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    memory = results["config"]["graft"]["memory"]
+    assert (memory["depth"], memory["dim"], results["config"]["order"]) == (1, 24, "first")
+    assert list(results["summary"]) == ["3"]
+    assert set(results["summary"]["3"]["arms"]) == {"memory", "ablation", "wrong", "unwritten", "permuted"}
 
 
 def test_a_file_of_another_task_is_refused() -> None:

@@ -139,8 +139,17 @@ def is_better(summary: dict[str, Any], level: str, measure: str = "em") -> dict[
 
     None where one seed gives no interval.
     """
-    verdicts: dict[str, bool | None] = {}
+    words: dict[str, bool | None] = {}
     for arm in ("ablation", "wrong"):
         low, high = summary[level]["memory_minus"][arm][measure]["interval"]
-        verdicts[arm] = None if low is None else bool(low > 0 if measure == "em" else high < 0)
-    return verdicts
+        words[arm] = None if low is None else bool(low > 0 if measure == "em" else high < 0)
+    return words
+
+
+def verdict(summary: dict[str, Any], unit: str, measure: str = "em") -> str:
+    """One line: at which levels memory beats both ablation and wrong memory."""
+    found = {level: is_better(summary, level, measure).values() for level in summary}
+    if any(word is None for words in found.values() for word in words):
+        return "One seed says nothing about the spread between seeds: give --seeds 3 for a verdict."
+    told = [f"{unit} {level} {'yes' if all(words) else 'no'}" for level, words in found.items()]
+    return f"memory beats ablation and wrong memory (95%, {measure}): {', '.join(told)}"

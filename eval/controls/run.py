@@ -15,7 +15,7 @@ from ..files import write_json, write_text
 from . import models
 from .episodes import Task
 from .measure import measure
-from .results import SeedResult, speed_table, summarise, table
+from .results import SeedResult, speed_table, summarise, table, verdict
 from .settings import ControlConfig
 from .tasks import make_task
 from .training import ControlTrainer, History
@@ -71,7 +71,8 @@ class Report:
         """The tables."""
         summary, unit = summarise([seed for seed in self.seeds if seed.levels]), _UNITS[self.config.task]
         tables = [table(self.config.task, summary, unit, measure_) for measure_ in ("em", "nll")]
-        return "\n\n".join([*tables, speed_table(self.seeds)])
+        measure_ = "nll" if self.config.task == "style" else "em"
+        return "\n\n".join([*tables, verdict(summary, unit, measure_), speed_table(self.seeds)])
 
 
 def run_control(
