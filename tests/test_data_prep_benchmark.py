@@ -19,7 +19,7 @@ from data_prep import benchmark2026, build_benchmark
 from data_prep.benchmark.python_targets import PythonFinder
 from data_prep.benchmark.renaming import Renamer
 from data_prep.benchmark.repository import Repository
-from data_prep.benchmark.retrieval import BM25, Retriever, cut_file
+from data_prep.benchmark.retrieval import BM25, Embeddings, Retriever, cut_file
 from data_prep.benchmark.sample_filters import SampleLimits, choose, reason_against
 from data_prep.benchmark.targets import Target
 from data_prep.crosscodeeval import build_crossfile_text, load_rows
@@ -362,3 +362,24 @@ def test_the_committed_benchmark(tmp_path: Path) -> None:
                 assert not mode or build_crossfile_text(r.crossfile_list, "python") == r.crossfile_text
         assert ids[0] == ids[1] == ids[2]
         assert len(set(ids[0])) == manifest["samples"]
+
+
+def test_embedding_retrieval_ranks_by_cosine(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="encoders are loaded through transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "alpha", "beta", "gamma", "delta"])}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    options = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **options).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path)
+    files = {"a.py": "alpha beta", "b.py": "gamma gamma delta", "c.py": "beta beta alpha alpha"}
+    ranker = Embeddings(str(tmp_path))
+    found = Retriever(files, ranker).retrieve("a.py", "gamma gamma delta", "", "oracle")
+    # The same text has cosine 1, however the batch is padded.
+    assert (found[0].filename, found[0].score) == ("b.py", 1.0)
+    assert found[1].score < 1
+    assert ranker.name.endswith("_cosine_sim")
+    with pytest.raises(DataPrepError, match="Cannot load the embedding model"):
+        Embeddings(str(tmp_path / "absent"))
