@@ -26,6 +26,7 @@ from rich.console import Console
 
 from launch.arguments import parse
 from launch.corpus import packed_corpus
+from launch.memory import check_memory
 from launch.show import TerminalReporter, print_comparison
 from titans_ds.errors import ConfigError, TitansError
 from titans_ds.training import build, ranks
@@ -44,7 +45,7 @@ from titans_ds.training.settings import TrainConfig
 from titans_ds.zero.config import complete_config, read_config, zero_stage
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
 from titans_ds.zero.loading import partitioned_loading
-from titans_ds.zero.offload import place_nvme
+from titans_ds.zero.offload import check_checkpointable, place_nvme
 from titans_ds.zero.ops import needed_ops, prepare_ops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,8 +145,10 @@ def make_engine(
             bf16=config.model.dtype == "bfloat16",
         )
         settings = place_nvme(settings)
+        check_checkpointable(settings, config.checkpoint.interval)
         settings = {**settings, "checkpoint": {**settings.get("checkpoint", {}), "load_universal": universal}}
         prepare_ops(needed_ops(settings))
+    check_memory(config, settings or {}, device)
     pretrained = settings is not None and config.model.base is not None  # random weights are the same at every stage
     with partitioned_loading(settings) if pretrained else contextlib.nullcontext():
         base = build.load_base(config.model, config.training.seed, corpus.vocab_size)

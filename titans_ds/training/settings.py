@@ -198,6 +198,7 @@ class RunSettings:
             run; or the folder of a checkpoint or run to go on from.
         trust_checkpoint: also load pickles from outside the run folder. A pickle can run any code: only from who you
             trust.
+        check_memory: estimate before loading whether the run fits the GPU, and stop where it does not.
     """
 
     dir: str | None = None
@@ -205,6 +206,7 @@ class RunSettings:
     tensorboard: bool = True
     resume: str = "none"
     trust_checkpoint: bool = False
+    check_memory: bool = True
 
     def __post_init__(self) -> None:
         _check(self, "run")
