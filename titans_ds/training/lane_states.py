@@ -29,8 +29,9 @@ def load_lane_states(folder: Path, owned: slice, device: torch.device) -> Carrie
     for path in sorted(folder.glob("lanes_*.safetensors")):
         state, header = MemoryState.load(path)
         first, stop = int(header["first"]), int(header["stop"])
-        rows = torch.arange(max(first, owned.start), min(stop, owned.stop)) - first
-        if len(rows):
+        wanted = range(max(first, owned.start), min(stop, owned.stop))
+        if wanted:
+            rows = torch.tensor(wanted) - first
             restart = torch.tensor(json.loads(header["restart"]) or [0] * (stop - first), dtype=torch.bool)
             parts.append(state.select(rows))
             flags.append(restart[rows])
