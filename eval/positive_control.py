@@ -24,6 +24,7 @@ import yaml
 
 from titans_ds.errors import TitansError
 
+from .controls.report import merge
 from .controls.run import run_control
 from .controls.settings import load_control
 from .controls.tasks import TASKS
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--full-context", action=argparse.BooleanOptionalAction, default=True, help="train that model as well")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     add("--threads", type=int, help="of the processor")
+    add("--merge", type=Path, nargs="+", metavar="DIR", help="train nothing: one table of runs that differ in seeds")
     add("--out", type=Path, help="results (JSON and Markdown); runs/positive_control/TASK… where not given")
     return parser
 
@@ -117,10 +119,13 @@ def _levels(text: str) -> list[int]:
 
 
 def _run(options: argparse.Namespace) -> None:
+    out = options.out or Path("runs") / "positive_control" / f"{options.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if options.merge:
+        merge(options.merge, out)
+        return
     config = load_control(options.task, changes_of(options), options.config)
     if options.threads:
         torch.set_num_threads(options.threads)
-    out = options.out or Path("runs") / "positive_control" / f"{options.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     run_control(config, seeds, _device(options.device), out, options.full_context)
 

@@ -12,6 +12,7 @@ import torch
 from eval.controls import models
 from eval.controls.episodes import Episode, EpisodeStream, segments, whole
 from eval.controls.measure import Answers, measure, score
+from eval.controls.report import Report
 from eval.controls.results import SeedResult, is_better, summarise, table, verdict
 from eval.controls.settings import CONFIGS, load_control
 from eval.controls.tasks import TASKS, make_task
@@ -269,6 +270,21 @@ def test_the_program_trains_measures_and_saves(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "results.md").read_text().startswith("| kv_recall: EM %")
 
 
+def test_runs_that_differ_in_seeds_make_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [tmp_path / str(seed) for seed in range(2)]
+    for seed, folder in enumerate(folders):
+        report = Report({"task": "kv_recall", "steps": 1}, {}, folder)
+        report.seeds = [seed_result(seed, 90 + seed, 0)]
+        report.save()
+    both = ["kv_recall", "--merge", *map(str, folders), "--out", str(tmp_path / "both")]
+    assert main(both) == 0
+    assert json.loads((tmp_path / "both" / "results.json").read_text())["summary"]["8"]["arms"]["memory"]["em"] == {
+        "mean": 90.5, "interval": [pytest.approx(84.147, abs=1e-3), pytest.approx(96.853, abs=1e-3)], "seeds": 2,
+    }  # fmt: skip
+    assert main([*both[:2], str(folders[0]), str(folders[0]), *both[-2:]]) == 2
+    assert "--first-seed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -279,6 +295,7 @@ def test_the_program_trains_measures_and_saves(tmp_path: Path, capsys: pytest.Ca
         (["--config", "/nowhere.yaml"], "does not exist"),
         (["--set", "task_options.colour=1"], "colour"),
         (["--device", "toaster"], "expected cpu"),
+        (["--merge", "/nowhere"], "can't be read"),
         (["--set", "architecture.model_type=toaster"], "toaster"),
     ],
 )

@@ -52,6 +52,11 @@ class SeedResult:
         levels = {str(level): arms for level, arms in self.levels.items()}
         return {"seed": self.seed, "levels": levels, "training": self.training}
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> SeedResult:
+        """The inverse of `to_json`."""
+        return cls(values["seed"], {int(k): v for k, v in values["levels"].items()}, values["training"])
+
 
 def over_seeds(values: Sequence[float]) -> Interval:
     """Mean over seeds with Student's interval; infinite for one seed."""
@@ -75,6 +80,8 @@ def _level(seeds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
 def _mean(seeds: Sequence[dict[str, dict[str, Any]]], arm: str, measure: str) -> dict[str, Any]:
     found = over_seeds([seed[arm][measure] for seed in seeds])
     interval = [found.low, found.high]
+    if measure == "em":
+        interval = [max(found.low, 0.0), min(found.high, 100.0)]
     if len(seeds) == 1:
         interval = seeds[0][arm]["em_interval"] if measure == "em" else [math.nan, math.nan]
     return {"mean": found.mean, "interval": [_finite(x) for x in interval], "seeds": len(seeds)}

@@ -4,75 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..files import write_json, write_text
 from . import models
 from .episodes import Task
 from .measure import measure
-from .results import SeedResult, speed_table, summarise, table, verdict
+from .report import Report
+from .results import SeedResult
 from .settings import ControlConfig
 from .tasks import make_task
-from .training import ControlTrainer, History
-
-_UNITS = {"kv_recall": "N =", "mqar": "N =", "needle": "distance", "induction": "length", "style": "files"}
-_PROGRESS_SECONDS = 5.0
-
-
-class Report:
-    """Prints progress, and keeps results.json and results.md of a run up to date.
-
-    Args:
-        config: of the control.
-        device: that it runs on.
-        folder: where the files go.
-    """
-
-    def __init__(self, config: ControlConfig, device: torch.device, folder: Path) -> None:
-        self.config, self.folder = config, folder
-        self.seeds: list[SeedResult] = []
-        self._machine = _machine(device)
-        self._printed = 0.0
-
-    def progress(self, result: SeedResult, arm: str, history: History) -> None:
-        """After a check of a training."""
-        result.training[arm] = history.to_json()
-        last = history.checks[-1]
-        if time.monotonic() - self._printed >= _PROGRESS_SECONDS:
-            self._printed = time.monotonic()
-            print(
-                f"seed {result.seed} {arm}: {history.seconds:5.0f} s  step {history.steps}  level {last['level']}  "
-                f"loss {last['loss']:.3f}  EM {last['em']:.1f}",
-                flush=True,
-            )
-            self.save()
-
-    def save(self) -> None:
-        """Write what there is."""
-        measured = [seed for seed in self.seeds if seed.levels]
-        summary = summarise(measured)
-        values = {
-            "task": self.config.task,
-            "config": dataclasses.asdict(self.config),
-            "machine": self._machine,
-            "seeds": [seed.to_json() for seed in self.seeds],
-            "summary": summary,
-        }
-        write_json(self.folder / "results.json", values)
-        if measured:
-            write_text(self.folder / "results.md", self.text() + "\n")
-
-    def text(self) -> str:
-        """The tables."""
-        summary, unit = summarise([seed for seed in self.seeds if seed.levels]), _UNITS[self.config.task]
-        tables = [table(self.config.task, summary, unit, measure_) for measure_ in ("em", "nll")]
-        measure_ = "nll" if self.config.task == "style" else "em"
-        return "\n\n".join([*tables, verdict(summary, unit, measure_), speed_table(self.seeds)])
+from .training import ControlTrainer
 
 
 def run_control(
@@ -89,14 +34,15 @@ def run_control(
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    task, report = make_task(config.task, config.task_options), Report(config, device, folder)
+    task = make_task(config.task, config.task_options)
+    report = Report(dataclasses.asdict(config), _machine(device), folder)
     for seed in seeds:
         result = SeedResult(seed)
         report.seeds.append(result)
         _train_and_measure("memory", config, task, report, result, device)
         if full_context:
             _train_and_measure("full_context", config, task, report, result, device)
-    print(f"\n{report.text()}\n\nresults: {folder / 'results.json'}", flush=True)
+    report.show()
     return report
 
 

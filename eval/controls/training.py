@@ -101,15 +101,17 @@ class ControlTrainer:
         self._rng = np.random.default_rng([seed, 1])
         self._check_rng = np.random.default_rng([seed, 2])
         self._stream, self._place, self._bad = EpisodeStream(), 0, 0
+        self._processor_start = 0.0
 
     @property
     def level(self) -> int:
-        """The hardest level so far."""
-        return self.config.curriculum.levels[self._place]
+        """The hardest level so far: the one that is checked."""
+        curriculum = self.config.curriculum
+        return curriculum.levels[self._place if curriculum.promote_at is not None else -1]
 
     def run(self) -> History:
         """Train until the budget is spent. Raises TrainingError where gradients stay non-finite."""
-        budget = Budget(self.config.minutes, self.config.steps)
+        budget, self._processor_start = Budget(self.config.minutes, self.config.steps), time.process_time()
         while not budget.spent(self.history.steps):
             loss = self._step(lr_at(self.history.steps, budget.total_steps(self.history.steps), self.config.optimizer))
             self.history.steps += 1
@@ -146,7 +148,8 @@ class ControlTrainer:
     def _check(self, loss: float) -> None:
         curriculum = self.config.curriculum
         answers = check(self.engine, self.task.episode(self._check_rng, self.level, curriculum.check_episodes))
-        seconds = {"seconds": self.history.seconds, "processor_seconds": time.process_time()}
+        processor_seconds = time.process_time() - self._processor_start
+        seconds = {"seconds": self.history.seconds, "processor_seconds": processor_seconds}
         found = {"step": self.history.steps, "level": self.level, "loss": loss, "em": answers.em, **seconds}
         self.history.checks.append(found)
         if curriculum.promote_at is not None and answers.em >= curriculum.promote_at:

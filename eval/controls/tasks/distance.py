@@ -17,12 +17,11 @@ from .recall import draw
 class Needle:
     """`[MARK k v1 v2]`, then `level` tokens of hay; then `[ASK k]`: v1 and v2.
 
-    Hay is made of the same symbols. As many needles as an episode has questions are put in front of it, with different
-    keys: one alone could be kept by a memory that can hold nothing else. Chance is 1 / symbols^2.
+    Hay is made of the same symbols, and written like the needle. Chance is 1 / symbols^2.
 
     Args:
         symbols: of needles and hay.
-        needles: in front of the hay, all of them asked for.
+        needles: in front of the hay, with different keys, all of them asked for.
     """
 
     symbols: int = 62
