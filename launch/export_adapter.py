@@ -105,7 +105,8 @@ def _fill(engine: TorchEngine, values: dict[str, Tensor], found: Found) -> None:
         )
     with torch.no_grad():
         for name, master in masters.items():
-            master.copy_(values[name])
+            # ZeRO-3's universal form is flat, and padded to the ranks that wrote it.
+            master.copy_(values[name].flatten()[: master.numel()].view_as(master))
 
 
 if __name__ == "__main__":

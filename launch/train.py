@@ -237,6 +237,7 @@ def describe(console: Console, engine: Engine, hosts: list[int]) -> None:
 def stop_ranks() -> None:
     """Leave torch.distributed; its threads can abort a process that ends without."""
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # a rank that leaves while another still talks to it can abort
         torch.distributed.destroy_process_group()
 
 

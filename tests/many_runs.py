@@ -2,14 +2,17 @@
 
     deepspeed --num_accelerators 2 tests/many_runs.py RUNS.json
 
-RUNS.json holds a list of argument lists. Each is a whole run, through the program's own main; CODES.json beside it gets
-their exit codes.
+RUNS.json holds a list of argument lists. Each is a whole run, through the program's own main; the first argument says
+whether the disk of rank 1 is full: its files end at a limit that a checkpoint's do not fit. CODES.json beside it gets
+the exit codes.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -18,13 +21,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launch import train
 from titans_ds.training import ranks
 
+LIMIT = 4096  # bytes
+
+
+def run(full: bool, arguments: list[str]) -> int:
+    """One run; its exit code."""
+    if full and ranks.rank() == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
+    try:
+        return train.main(arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
 
 def main() -> None:
     """Run all of them."""
     runs = Path(sys.argv[-1])
     logging.captureWarnings(False)
     leave, train.stop_ranks = train.stop_ranks, lambda: None  # the ranks stay for the next run
-    codes = [train.main(arguments) for arguments in json.loads(runs.read_text())]
+    codes = [run(bool(full), arguments) for full, *arguments in json.loads(runs.read_text())]
     if ranks.rank() == 0:
         runs.with_name("CODES.json").write_text(json.dumps(codes))
     leave()
