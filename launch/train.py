@@ -113,7 +113,7 @@ def make_readers(
 
     def reader(name: str, min_repos: int) -> RepositoryReader:
         split = corpus.split(name, min_repos)
-        return RepositoryReader(split, config.segment_tokens, config.data.layout, separators)
+        return RepositoryReader(split, config.segment_tokens, config.data.layout, separators, config.data.reset)
 
     held_out = reader(config.evaluation.split, 2 if config.graft else 1) if config.evaluation.interval else None
     return reader(config.data.train_split, 1), held_out

@@ -94,6 +94,26 @@ def test_resets_mark_the_first_segment_of_a_repository(lengths: list[list[int]],
 
 
 @settings(max_examples=40, deadline=None)
+@given(REPOS.filter(has_targets), st.integers(2, 9), st.integers(1, 5))
+def test_resets_at_files_mark_every_files_first_segment(lengths: list[list[int]], segment: int, num_lanes: int) -> None:
+    """Nothing but the marks differs from resets at repositories; a row resets exactly where a file's first token is."""
+    split = corpus_of(lengths)
+    reader = RepositoryReader(split, segment, reset="file")
+    lanes, others = Lanes(reader, num_lanes, 0, 1, seed=7), lanes_of(split, segment, num_lanes)
+    firsts = {int(split.file(i)[0]) for i in range(len(split.file_length)) if split.file_length[i]}
+    for _ in range(15):
+        batch, other = lanes.next().batch, others.next().batch
+        np.testing.assert_array_equal(batch.labels, other.labels)
+        assert batch.reset.tolist() == [int(token) in firsts for token in batch.input_ids[:, 0]]
+        assert (batch.reset | ~other.reset).all()
+    for repo in range(split.num_repos):
+        for limit in (1, 3, 100):
+            number = min(limit, reader.num_segments(repo))
+            carried = sum(not reader.segment(repo, n).reset for n in range(number))
+            assert reader.num_carried(repo, limit) == carried
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     REPOS.filter(has_targets),
     st.integers(2, 9),

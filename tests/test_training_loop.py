@@ -230,11 +230,12 @@ def test_checkpointing_and_order_do_not_change_losses(corpus: PackedCorpus) -> N
             torch.testing.assert_close(results[order, True][1][name], plain, atol=1e-6, rtol=1e-6)
 
 
-def test_evaluation_equals_a_plain_loop(corpus: PackedCorpus) -> None:
+@pytest.mark.parametrize("reset", ["repository", "file"])
+def test_evaluation_equals_a_plain_loop(corpus: PackedCorpus, reset: Any) -> None:
     """Each repository alone, segment by segment, with its own state, none, and its donor's."""
     config = make_config()
     engine = make_engine(config)
-    reader = RepositoryReader(corpus.split("validation"), SEGMENT)
+    reader = RepositoryReader(corpus.split("validation"), SEGMENT, reset=reset)
     evaluator = Evaluator(reader, config.evaluation, seed=3, with_memory=True)
     result, names = evaluator.run(engine), reader.split.repo_names
     assert engine.module.training
@@ -263,6 +264,7 @@ def _states(engine: TorchEngine, reader: RepositoryReader, repo: int) -> list[An
     state, states = None, []
     for number in range(_limit(reader, repo)):
         segment = reader.segment(repo, number)
+        state = None if segment.reset else state
         state = engine.module.model.read_write(torch.from_numpy(segment.inputs)[None], state=state).state  # type: ignore[operator]
         states.append(state)
     return states
@@ -275,6 +277,8 @@ def _plain_losses(
     sums, tokens = dict.fromkeys(("memory", "ablated", "wrong"), 0.0), 0
     for number in range(1, _limit(reader, repo)):
         batch = collate([reader.segment(repo, number)], SEGMENT)
+        if batch.reset[0]:
+            continue  # nothing was written before it
         arrays = (batch.input_ids, batch.labels, batch.mask, batch.reset)
         inputs = [torch.from_numpy(array) for array in arrays]
         wrong = donor[min(number, len(donor)) - 1]

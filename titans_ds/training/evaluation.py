@@ -2,12 +2,14 @@
 
 Repositories are read in groups, row by row through time. The wrong memory of a row is the state of another row of its
 group after as many segments; groups are made of repositories with about as many segments, so states are length-matched.
-Only segments after a repository's first count, where all three ways differ by the memory alone. Groups do not depend on
+Only segments that take a memory over from the one before count (not a repository's first, nor a file's first where
+memories start anew at each): there all three ways differ by the memory alone. Groups do not depend on
 the number of ranks, and every rank makes the same number of forward passes with the same shapes, as ZeRO-3 needs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -72,7 +74,7 @@ class Evaluator:
         with_memory: false where the model has none; then only its loss is measured, on all segments.
 
     Raises:
-        DataError: fewer than two repositories have two segments.
+        DataError: fewer than two repositories have two segments of one memory.
     """
 
     def __init__(self, reader: RepositoryReader, settings: EvaluationSettings, seed: int, with_memory: bool) -> None:
@@ -82,16 +84,21 @@ class Evaluator:
         self.groups = self._make_groups(np.random.default_rng([seed, 1]))
 
     def _make_groups(self, rng: np.random.Generator) -> list[Group]:
-        eligible = [r for r in range(self._reader.split.num_repos) if self._reader.num_segments(r) > self._first]
+        eligible = [r for r in range(self._reader.split.num_repos) if self._counted(r) > 0]
         if len(eligible) < 1 + self._first:
+            where = "within one file" if self._reader.reset == "file" else "over all files"
             raise DataError(
                 f"split {self._reader.split.name!r} has {len(eligible)} repositories of two segments or more "
-                f"(of {self._reader.segment_tokens} tokens); evaluation needs two. Add repositories, make segments "
+                f"(of {self._reader.segment_tokens} tokens, {where}); evaluation needs two. Add repositories, make segments "
                 "shorter, or set evaluation.interval to 0"
             )
         chosen = sorted(rng.permutation(eligible)[: self._settings.repositories], key=lambda r: (self._length(r), r))
         number = max(len(chosen) // self._settings.group_size, 1)
         return [Group([int(r) for r in part], _donors(len(part), rng)) for part in np.array_split(chosen, number)]
+
+    def _counted(self, repo: int) -> int:
+        limit = self._settings.max_segments
+        return self._reader.num_carried(repo, limit) if self._with_memory else self._reader.num_segments(repo)
 
     def _length(self, repo: int) -> int:
         return min(self._reader.num_segments(repo), self._settings.max_segments)
@@ -126,6 +133,8 @@ class Evaluator:
             batch = collate(segments + [None] * (rows - len(segments)), length)
             counted = time >= self._first
             outputs = run_segment(engine, batch, state, Mode(write=self._with_memory))
+            if self._with_memory:
+                batch = dataclasses.replace(batch, repos=np.where(batch.reset, -1, batch.repos))
             if counted:
                 _add(sums, batch, self._modes[0], outputs.row_losses)
                 _count(sums, batch)

@@ -5,7 +5,7 @@ materialises the rows of its own: rank r of w owns the lanes [r L / w, (r + 1) L
 target tokens of the whole batch without asking the others, and the complete data position is on every rank.
 
 Epoch e visits all repositories in an order drawn from (seed, e); lane l takes every L-th of this endless sequence, from
-the l-th on. Reset marks stand only at a repository's first segment.
+the l-th on. Reset marks stand at a repository's first segment, or at every file's where the reader says so.
 """
 
 from __future__ import annotations

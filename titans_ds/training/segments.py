@@ -7,6 +7,8 @@ Two layouts:
     files        a document is a file; a segment never holds tokens of two files
     repository   a document is a whole repository, its files joined in reading order, each led by a separator if the
                  tokenizer has one. For base pretraining without memory.
+
+A segment that starts a repository starts its row's memory anew; one that starts a file does so where asked.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy.typing as npt
 from titans_ds.training.packed import Integers, PackedSplit
 
 Layout = Literal["files", "repository"]
+Reset = Literal["repository", "file"]
 IGNORED = -100  # the label of a position that is no target
 
 
@@ -41,7 +44,7 @@ class Batch:
         input_ids: int64 [B, T]; 0 where padded.
         labels: int64 [B, T], already shifted; IGNORED where padded.
         mask: bool [B, T]; true where there is a token (which may be read, written and counted).
-        reset: bool [B]; true where a row starts a repository.
+        reset: bool [B]; true where a row starts a repository, or a file where memories start anew at each.
         repos: int64 [B]; -1 where a row is empty.
     """
 
@@ -73,6 +76,7 @@ class RepositoryReader:
         segment_tokens: T.
         layout: see the module's text.
         separators: for the layout `repository`.
+        reset: where memories start anew: at every repository, or at every file (layout `files`).
     """
 
     def __init__(
@@ -81,8 +85,10 @@ class RepositoryReader:
         segment_tokens: int,
         layout: Layout = "files",
         separators: Separators = Separators(),
+        reset: Reset = "repository",
     ) -> None:
         self.split, self.segment_tokens, self.layout, self.separators = split, segment_tokens, layout, separators
+        self.reset = reset
         lengths = np.maximum(split.file_length - 1, 0)
         self._file_segments: Integers = -(-lengths // segment_tokens)
 
@@ -91,6 +97,15 @@ class RepositoryReader:
         if self.layout == "repository":
             return int(-(-max(self.num_tokens(repo) - 1, 0) // self.segment_tokens))
         return int(self._file_segments[self._files(repo)].sum())
+
+    def num_carried(self, repo: int, limit: int) -> int:
+        """How many of the first `limit` segments of a repository take a memory over from the segment before."""
+        segments = min(self.num_segments(repo), limit)
+        if self.reset == "repository":
+            return max(segments - 1, 0)
+        ends = np.cumsum(self._file_segments[self._files(repo)])
+        starts = np.unique(np.concatenate([[0], ends]))  # a file of one token has no segment
+        return segments - int((starts < segments).sum())
 
     def num_tokens(self, repo: int) -> int:
         """Tokens of a repository's documents, separators included."""
@@ -109,7 +124,8 @@ class RepositoryReader:
         ends = np.cumsum(self._file_segments[files])
         position = int(np.searchsorted(ends, number, side="right"))
         before = int(ends[position - 1]) if position else 0
-        return self._cut(self.split.file(files.start + position), number - before, repo, number == 0)
+        reset = number == before if self.reset == "file" else number == 0
+        return self._cut(self.split.file(files.start + position), number - before, repo, reset)
 
     def document(self, repo: int) -> Integers:
         """A whole repository as one document (layout `repository`)."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from titans_ds.config import GraftConfig, LoraSettings, Order, check_choices, check_trainable
 from titans_ds.errors import ConfigError
-from titans_ds.training.segments import Layout
+from titans_ds.training.segments import Layout, Reset
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class DataSettings:
         train_split: trained on.
         layout: `files` cuts each file into segments, and memory goes from one to the next within a repository;
             `repository` joins a repository's files and fills every segment, for base pretraining without memory.
+        reset: where memories start anew: `repository`, so that they go from file to file within it; or `file`, so that
+            every file stands alone. Of the layout `files`.
         num_lanes: repositories read side by side, over all ranks: the batch size. A multiple of the number of ranks.
         segment_tokens: of the layout `repository`; where there is a graft, graft.segment_tokens holds.
     """
@@ -62,6 +64,7 @@ class DataSettings:
     corpus: str = ""
     train_split: str = "train"
     layout: Layout = "files"
+    reset: Reset = "repository"
     num_lanes: int = 4
     segment_tokens: int = 2048
 
@@ -69,6 +72,10 @@ class DataSettings:
         _check(self, "data")
         _require(bool(self.corpus), "data.corpus is not set; give a packed corpus, or a corpus folder of parquet files")
         _at_least(self, "data", num_lanes=1, segment_tokens=2)
+        _require(
+            self.reset == "repository" or self.layout == "files",
+            "data.reset is 'file', but data.layout 'repository' has no files apart; set data.layout to 'files'",
+        )
 
 
 @dataclass(frozen=True)
