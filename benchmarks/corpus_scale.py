@@ -164,8 +164,8 @@ def run_size(folders: list[list[tuple[str, str]]], num_rows: int, options: argpa
 def table(results: list[dict[str, Any]]) -> str:
     """Return the Markdown table, the ratios and the extrapolation."""
     lines = [
-        "| rows | content | seconds | rows/s | peak memory | near-duplicates, seconds |",
-        "|---|---|---|---|---|---|",
+        "| rows | content | seconds | rows/s | processor seconds | peak memory | near-duplicates, seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for result in results:
         took = result["grouping"]

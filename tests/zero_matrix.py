@@ -19,7 +19,8 @@ import torch
 import titans_ds
 from tests.packed_corpora import random_repos, write_packed
 from tests.tiny_models import tiny_base
-from titans_ds.config import GraftConfig, MemoryConfig
+from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
+from titans_ds.memory_config import named_memory
 from titans_ds.training.build import enable_checkpointing, load_base
 from titans_ds.training.engine import Engine, TorchEngine
 from titans_ds.training.lanes import Lanes
@@ -48,6 +49,9 @@ class Case:
     trainable: str = "memory"
     accumulation: int = 1
     dtype: str = "float32"
+    injection: str = "additive"
+    titans_rule: bool = False
+    lora: bool = False
 
     @property
     def name(self) -> str:
@@ -72,20 +76,28 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """The matrix, and beside it accumulation, everything trainable, and bfloat16 at every stage."""
+    """The matrix, and beside it accumulation, everything trainable, bfloat16, injections, LoRA, and Titans' rule."""
     product = itertools.product(range(4), ("first", "second"), (False, True))
     matrix = [Case(stage, order, checkpointing) for stage, order, checkpointing in product]
     for stage in range(4):
         matrix.append(Case(stage, "second", accumulation=2))
         matrix.append(Case(stage, "first", True, trainable="all"))
         matrix.append(Case(stage, "second", dtype="bfloat16"))
+        matrix.append(Case(stage, "second", True, injection="mac"))
+    for stage in (2, 3):
+        matrix.append(Case(stage, "second", True, titans_rule=True))
+        matrix.append(Case(stage, "second", injection="mag"))
+        matrix.append(Case(stage, "first", True, injection="mal", lora=True))
     return matrix
 
 
-def make_module(case: Case) -> TrainingModule:
-    """The same grafted model every time."""
+def make_memory(case: Case) -> MemoryConfig:
+    """Everything learned that can get a gradient at this order."""
+    if case.titans_rule:
+        memory = named_memory("titans", dim=8, heads=2, token_shift=True)
+        return dataclasses.replace(memory, rule=dataclasses.replace(memory.rule, chunk_size=4))
     second = case.order == "second"
-    memory = MemoryConfig(
+    return MemoryConfig(
         dim=8,
         write="token",
         token_shift=True,
@@ -96,9 +108,18 @@ def make_module(case: Case) -> TrainingModule:
         output_projection="learned",
         learn_initial_weights=True,
     )
+
+
+def make_module(case: Case) -> TrainingModule:
+    """The same grafted model every time."""
     base = tiny_base("qwen3_5", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
     torch.manual_seed(1)
-    model = titans_ds.attach(base, GraftConfig(segment_tokens=SEGMENT, memory=memory), case.trainable == "memory")
+    graft = GraftConfig(injection=case.injection, segment_tokens=SEGMENT, memory=make_memory(case))  # type: ignore[arg-type]
+    lora = LoraSettings(rank=2, targets=["q_proj", "v_proj"]) if case.lora else None
+    model = titans_ds.attach(base, graft, case.trainable == "memory", lora)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:  # starts at 0, where A gets no gradient
+            torch.nn.init.normal_(parameter, std=0.1)
     if case.checkpointing:
         enable_checkpointing(base)
     return TrainingModule(model.to(getattr(torch, case.dtype)), case.settings.loss_chunk_tokens).train()
