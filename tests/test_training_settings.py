@@ -54,6 +54,35 @@ def test_the_papers_numbers() -> None:
     assert (config.training.steps, config.training.order) == (10_000, "first")
 
 
+@pytest.mark.parametrize(
+    ("name", "injection", "reset", "rank", "steps"),
+    [("v1_mac_lora", "mac", "file", 32, 6200), ("v2_additive_lora", "additive", "repository", 64, 5000)],
+)
+def test_the_papers_lora_runs(name: str, injection: str, reset: str, rank: int, steps: int) -> None:
+    """V1 and V2 with LoRA on the attention layers' projections; 8 memory tokens of a memory of dim 512."""
+    config, _ = parse(["--config", str(ROOT / f"launch/configs/{name}.yaml")])
+    graft, lora = config.graft, config.lora
+    assert graft is not None
+    assert lora is not None
+    assert (config.model.base, config.model.dtype) == ("Qwen/Qwen3.5-9B-Base", "bfloat16")
+    assert (graft.layers, graft.injection, graft.memory_tokens, graft.memory.dim) == ("attention", injection, 8, 512)
+    assert (lora.rank, lora.targets) == (rank, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert (config.data.reset, config.training.steps, config.training.checkpointing) == (reset, steps, True)
+
+
+def test_the_titans_rule_run_learns_through_every_part() -> None:
+    """Second order, token gates, convolutions: what the first-order runs can't train."""
+    config, _ = parse(["--config", str(ROOT / "launch/configs/v3_titans_rule.yaml")])
+    assert config.graft is not None
+    memory, rule = config.graft.memory, config.graft.memory.rule
+    assert (config.training.order, config.training.window) == ("second", 4)
+    assert (memory.write, memory.key_projection, memory.learn_initial_weights) == ("token", "learned", True)
+    assert (rule.optimizer, rule.chunk_size, rule.gate_scope, rule.loss) == ("momentum", 64, "token", "l2")
+    assert all((rule.token_step_size, rule.token_momentum, rule.token_forget_gate, memory.features.convolution))
+    with pytest.raises(ConfigError, match="first-order training gives it no gradient"):
+        parse(["--config", str(ROOT / "launch/configs/v3_titans_rule.yaml"), "--training.order=first"])
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_shipped_deepspeed_configs(stage: int) -> None:
     """Each is of its stage, and is completed from the run's settings."""
@@ -82,6 +111,7 @@ def test_options_override_the_file(tmp_path: Path) -> None:
         (["--training.steps", "many"], r"training.steps is many; expected int"),
         (["--graft.memory.dim", "x"], r"graft.memory.dim is x; expected int"),
         (["--training.order", "third"], r"training.order is third; expected .*first.*second"),
+        (["--data.reset=file", "--data.layout=repository"], r"data.reset is 'file', but data.layout 'repository' has"),
         (["--config", "nowhere.yaml"], r"nowhere.yaml does not exist; see launch/configs/"),
         (["--graft.gate_floor", "1.5"], r"gate_floor is 1.5; it must be in \[0, 1\)"),
         (["--training.reentrant", "true"], r"training.reentrant is on; reentrant checkpointing gives wrong or missing"),

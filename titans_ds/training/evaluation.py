@@ -89,8 +89,8 @@ class Evaluator:
             where = "within one file" if self._reader.reset == "file" else "over all files"
             raise DataError(
                 f"split {self._reader.split.name!r} has {len(eligible)} repositories of two segments or more "
-                f"(of {self._reader.segment_tokens} tokens, {where}); evaluation needs two. Add repositories, make segments "
-                "shorter, or set evaluation.interval to 0"
+                f"(of {self._reader.segment_tokens} tokens, {where}); evaluation needs two. Add repositories, make "
+                "segments shorter, or set evaluation.interval to 0"
             )
         chosen = sorted(rng.permutation(eligible)[: self._settings.repositories], key=lambda r: (self._length(r), r))
         number = max(len(chosen) // self._settings.group_size, 1)
