@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -36,8 +37,8 @@ class MetricsWriter:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Record values of a step; kind is `train` or `evaluation`."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        """Record values of a step; kind is `train` or `evaluation`. What is not finite becomes null (JSON)."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **_finite(values)}, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in _flat(values):
@@ -48,6 +49,16 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _finite_value(value) for name, value in values.items()}
+
+
+def _finite_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _finite(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -127,9 +127,17 @@ class DeepSpeedEngine(Generic[Module]):
     def step(self, lr: float, skip: bool) -> tuple[float, bool]:
         """Clip, update and clear the gradients; returns their global norm, and whether parameters changed."""
         self.optimizer.prepare(lr, skip)
+        before = self._plain_norm()
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm), self.optimizer.applied
+        norm = self._engine.get_global_grad_norm() if before is None else before
+        return float(norm), self.optimizer.applied
+
+    def _plain_norm(self) -> float | None:
+        """The gradient's norm where DeepSpeed knows none: at ZeRO-0 in fp32, with whole gradients on every rank."""
+        if hasattr(self._engine.optimizer, "_global_grad_norm"):
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.requires_grad and p.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
 
     def parameters(self, names: list[str]) -> dict[str, Tensor]:
         """Whole parameters on the CPU, on rank 0, in the precision of the optimizer."""
