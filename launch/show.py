@@ -16,6 +16,7 @@ _NAMES = {
     "memory": "with memory",
     "ablated": "without memory (ablated)",
     "wrong": "memory of another repository",
+    "before": "before training",
 }
 
 
@@ -60,13 +61,17 @@ def print_comparison(console: Console, evaluation: Evaluation) -> None:
     """The table at the end of a run."""
     tokens, number = sum(r.tokens for r in evaluation.repositories), len(evaluation.repositories)
     table = Table(title=f"Held-out loss, nats a token: mean over {number} repositories ({tokens:,} tokens)")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column("loss ± SE", justify="right")
+    table.add_column("perplexity", justify="right")
     table.add_column("minus loss with memory ± SE (paired)", justify="right")
     for mode, loss in evaluation.losses.items():
         difference = evaluation.differences.get(mode)
-        table.add_row(_NAMES[mode], _text(loss), _text(difference))
+        table.add_row(_NAMES[mode], _text(loss), f"{loss.perplexity:.3f}", _text(difference))
     console.print(table)
+    if evaluation.forgetting is not None:
+        text = f"forgetting, loss without memory minus loss before training: {_text(evaluation.forgetting)} (paired)"
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def _text(value: Estimate | None) -> str:

@@ -123,7 +123,8 @@ def make_evaluator(config: TrainConfig, held_out: RepositoryReader | None) -> Ev
     """None where evaluation is off."""
     if held_out is None:
         return None
-    return Evaluator(held_out, config.evaluation, config.training.seed, with_memory=config.graft is not None)
+    memory, lora = config.graft is not None, config.lora is not None
+    return Evaluator(held_out, config.evaluation, config.training.seed, with_memory=memory, before=lora)
 
 
 def make_engine(

@@ -1,4 +1,4 @@
-"""What a held-out comparison says, in one honest sentence."""
+"""What a held-out comparison says, in one honest sentence, and what an evaluation found, in a small table."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 import math
 from pathlib import Path
 
+from rich.table import Table
+
 from titans_ds.errors import DataError
 from titans_ds.training.evaluation import Estimate, Evaluation, RepositoryLosses
 
 _SURE = 2.0  # standard errors
+_MEASURES = {"em": "EM %", "es": "ES", "nll_target": "NLL, nats a byte", "nll_missing": "NLL of the new identifier"}
 
 
 def last_evaluation(run_folder: Path) -> Evaluation:
@@ -18,10 +21,12 @@ def last_evaluation(run_folder: Path) -> Evaluation:
     if not files:
         raise DataError(f"{run_folder} holds no evaluation; was the run made with evaluation.interval 0?")
     values = json.loads(files[-1].read_text())
+    forgetting = values.get("forgetting")
     return Evaluation(
         repositories=[RepositoryLosses(**r) for r in values["repositories"]],
         losses={mode: Estimate(**e) for mode, e in values["losses"].items()},
         differences={mode: Estimate(**e) for mode, e in values["differences"].items()},
+        forgetting=Estimate(**forgetting) if forgetting else None,
     )
 
 
@@ -66,3 +71,27 @@ def _conclusion(ablated: int, wrong: int) -> str:
     if ablated > 0:
         return "what helps is the added path itself, not what was remembered."
     return "nothing shows here that it remembers anything of use."
+
+
+def completion_table(folder: Path) -> Table:
+    """The means of every mode, with standard errors clustered by repository, from an evaluation's comparison.json."""
+    arms = json.loads((folder / "comparison.json").read_text())["arms"]
+    total = next(iter(arms.values()))["total"]
+    table = Table(title=f"Completions of packages first released in 2026 ({total} samples)")
+    table.add_column("mode")
+    for label in _MEASURES.values():
+        table.add_column(label, justify="right")
+    for name, arm in arms.items():
+        table.add_row(name, *(_cell(arm.get(measure)) for measure in _MEASURES))
+    return table
+
+
+def _cell(mean: dict[str, float] | None) -> str:
+    return "" if mean is None else f"{mean['mean']:.2f} ± {mean['standard_error']:.2f}"
+
+
+def findings(folder: Path) -> list[str]:
+    """The lines of the report's findings about the mode `memory`: paired, corrected for their number."""
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    lines = text.partition("## Findings")[2].partition("## Tables")[0].splitlines()
+    return [line for line in lines if line.startswith("- memory ") or line.startswith("- memory@")]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,7 @@ from titans_ds.graft.titans_model import TitansModel
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = str(ROOT / "launch" / "train.py")
+LORA = ["--lora.rank=2", "--lora.targets=[q_proj,v_proj]"]
 
 
 @pytest.fixture(scope="module")
@@ -99,19 +102,19 @@ def run_alone(place: Path, name: str, *options: str) -> int:
 
 
 def test_deepspeed_launch_equals_one_process(place: Path) -> None:
-    """ZeRO-3 on two ranks, multimodal base loaded in parts: run folder complete, numbers as on plain torch alone."""
-    done = launched(
-        place, "--run.dir", "two", "--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--run.tensorboard=true"
-    )
+    """ZeRO-3 on two ranks, LoRA, multimodal base loaded in parts: run folder complete, numbers as on plain torch."""
+    zero3 = ["--deepspeed", str(ROOT / "ds_configs/zero3.json")]
+    done = launched(place, "--run.dir", "two", *zero3, "--run.tensorboard=true", *LORA)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "memory of another repository" in done.stdout
     assert "peak host memory by rank" in done.stdout
-    assert run_alone(place, "one") == 0
+    assert run_alone(place, "one", *LORA) == 0
     two, one = place / "two", place / "one"
     for name in ("config.yaml", "versions.json", "status.json", "README.md", "adapter/adapter_config.json"):
         assert (two / name).is_file(), name
     assert list((two / "tensorboard").iterdir())
     assert not list(two.rglob("*.part"))
+    assert "NaN" not in (two / "metrics.jsonl").read_text()
     status = json.loads((two / "status.json").read_text())
     assert (status["state"], status["step"]) == ("finished", 4)
     assert json.loads((two / "versions.json").read_text())["packages"]["deepspeed"]
@@ -122,6 +125,7 @@ def test_deepspeed_launch_equals_one_process(place: Path) -> None:
         assert ours["inner_loss_after"] == pytest.approx(plain["inner_loss_after"], rel=1e-4)
         assert ours["targets"] == plain["targets"]
     for ours, plain in zip(lines_of(two, "evaluation"), lines_of(one, "evaluation"), strict=True):
+        assert ours["losses"]["before"]["mean"] == pytest.approx(plain["losses"]["before"]["mean"], abs=1e-6)
         for mode in ("memory", "ablated", "wrong"):
             assert ours["losses"][mode]["mean"] == pytest.approx(plain["losses"][mode]["mean"], abs=1e-5)
             assert ours["losses"][mode]["standard_error"] == pytest.approx(
@@ -146,6 +150,55 @@ def test_a_base_model_trains_without_memory_and_then_carries_one(place: Path) ->
     moved = [n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))]
     assert moved == [n for n, _ in before.named_parameters()]
     assert run_alone(place, "grafted", f"--model.base={saved}", "--training.steps=1") == 0
+
+
+@pytest.mark.parametrize("injection", ["additive", "mac"])
+def test_lora_trains_beside_the_memory(place: Path, capsys: pytest.CaptureFixture[str], injection: str) -> None:
+    """On single files; both adapters are saved and load together; the table shows what the base model has forgotten."""
+    options = [f"--graft.injection={injection}", "--data.reset=file", *LORA]
+    assert run_alone(place, f"lora-{injection}", *options) == 0
+    shown = capsys.readouterr().out
+    assert "before training" in shown
+    assert "forgetting, loss without memory minus loss before training: " in shown
+    run = place / f"lora-{injection}"
+    first, last = (lines_of(run, "evaluation")[i] for i in (0, -1))
+    assert first["losses"]["before"] == last["losses"]["before"]
+    assert last["losses"]["before"]["mean"] != last["losses"]["ablated"]["mean"]
+    difference = last["losses"]["ablated"]["mean"] - last["losses"]["before"]["mean"]
+    assert last["forgetting"]["mean"] == pytest.approx(difference, abs=1e-9)
+    assert last["perplexity"]["before"] == pytest.approx(math.exp(last["losses"]["before"]["mean"]))
+    model = TitansModel.from_pretrained(str(place / "base"), run / "adapter")
+    assert (run / "adapter" / "lora" / "adapter_config.json").is_file()
+    up = [p for n, p in model.named_parameters() if ".lora_B." in n]
+    assert len(up) == 4  # two targets in two layers
+    assert all(p.norm() > 0 for p in up)  # they start at zero
+
+
+def test_a_base_trained_beside_a_memory_shows_what_it_forgot(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its loss before training is that of the untrained base, and a resumed run still knows it."""
+    options = ["--model.trainable=all", "--optimizer.lr=1e-3", "--training.steps=4", "--checkpoint.interval=2"]
+    assert run_alone(place, "whole", *options) == 0
+    assert run_alone(place, "frozen", "--training.steps=1") == 0
+    whole, frozen = (lines_of(place / name, "evaluation") for name in ("whole", "frozen"))
+    assert [line["losses"]["before"] for line in whole] == [frozen[0]["losses"]["ablated"]] * 2
+    assert whole[-1]["forgetting"]["mean"] != 0
+    for checkpoint in (place / "whole" / "checkpoints").glob("step_*4"):
+        shutil.rmtree(checkpoint)
+    capsys.readouterr()
+    assert run_alone(place, "whole", *options, "--resume=auto") == 0
+    assert "going on from" in capsys.readouterr().out
+    assert lines_of(place / "whole", "evaluation") == whole
+
+
+def test_zero_0_has_a_gradient_norm(place: Path) -> None:
+    """DeepSpeed gives none in fp32: it is that of plain torch, and nothing in the metrics is NaN."""
+    options = ["--evaluation.interval=0", "--training.steps=2", "--deepspeed", str(ROOT / "ds_configs/zero0.json")]
+    done = launched(place, "--run.dir", "zero0", *options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert run_alone(place, "plain", *options[:2]) == 0
+    assert "NaN" not in (place / "zero0" / "metrics.jsonl").read_text()
+    for ours, plain in zip(lines_of(place / "zero0", "train"), lines_of(place / "plain", "train"), strict=True):
+        assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
 
 
 def test_user_errors_reach_the_shell(place: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 import titans_ds
 from tests.packed_corpora import random_repos, write_packed
 from tests.tiny_models import tiny_base
-from titans_ds.config import GraftConfig, MemoryConfig
+from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
 from titans_ds.errors import DataError, TrainingError
 from titans_ds.training.build import enable_checkpointing, gate_names, trainable_names
 from titans_ds.training.engine import TorchEngine
@@ -135,9 +135,9 @@ def test_states_go_from_step_to_step_and_reset_at_repositories(corpus: PackedCor
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_skips_the_step(corpus: PackedCorpus, value: float) -> None:
+def test_a_loss_that_is_not_finite_skips_the_step(tmp_path: Path, corpus: PackedCorpus, value: float) -> None:
     """Parameters and moments stay; the step is counted; after the limit the run stops with a message."""
-    trainer = make_trainer(make_config(nonfinite_limit=3, steps=10), corpus)
+    trainer = make_trainer(make_config(nonfinite_limit=3, steps=10), corpus, tmp_path / "run")
     trainer._one_step()
     poison(trainer, value)
     before = {n: p.clone() for n, p in trainer.engine.module.named_parameters()}
@@ -148,6 +148,9 @@ def test_a_loss_that_is_not_finite_skips_the_step(corpus: PackedCorpus, value: f
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
     with pytest.raises(TrainingError, match=r"was not finite in 3 steps in a row \(last: step 4\)"):
         trainer._one_step()
+    assert trainer._metrics is not None
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["loss"] is None for line in lines] == [False, True, True]
     poison(trainer, 0.1)
     trainer._one_step()
     assert trainer.progress.bad_in_a_row == 0
@@ -255,6 +258,30 @@ def test_evaluation_equals_a_plain_loop(corpus: PackedCorpus, reset: Any) -> Non
         assert result.differences[mode].standard_error == pytest.approx(np.std(paired, ddof=1) / len(paired) ** 0.5)
 
 
+def test_evaluation_before_training_is_the_base_model(corpus: PackedCorpus) -> None:
+    """On the same tokens; ablation keeps LoRA; forgetting is their paired difference, and LoRA still trains after."""
+    config = make_config()
+    model = titans_ds.attach(tiny_base("qwen3_5"), config.graft, lora=LoraSettings(rank=2, targets=["q_proj"]))
+    module = TrainingModule(model, 16).train()
+    engine = TorchEngine(module, make_optimizer(module, config.optimizer), 1.0, torch.device("cpu"))
+    trained = trainable_names(module)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.3)
+    reader = RepositoryReader(corpus.split("validation"), SEGMENT)
+    result = Evaluator(reader, config.evaluation, seed=3, with_memory=True, before=True).run(engine)
+    original = Evaluator(reader, config.evaluation, seed=3, with_memory=True).run(make_engine(config))
+    expected = {r.repo: r.losses["ablated"] for r in original.repositories}  # an untrained graft, ablated: the base
+    assert {r.repo: r.losses["before"] for r in result.repositories} == expected
+    paired = [r.losses["ablated"] - r.losses["before"] for r in result.repositories]
+    assert all(abs(p) > 1e-4 for p in paired)
+    assert result.forgetting is not None
+    assert result.forgetting.mean == pytest.approx(np.mean(paired))
+    assert result.forgetting.standard_error == pytest.approx(np.std(paired, ddof=1) / len(paired) ** 0.5)
+    assert trainable_names(module) == trained
+
+
 def _limit(reader: RepositoryReader, repo: int) -> int:
     return min(reader.num_segments(repo), EvaluationSettings().max_segments)
 
@@ -287,7 +314,7 @@ def _plain_losses(
             ("ablated", None, False),
             ("wrong", wrong, True),
         ):
-            sums[mode] += float(engine.module(*inputs, state, (memory, False, False, False))[0])
+            sums[mode] += float(engine.module(*inputs, state, (memory, False, False, False, True))[0])
         tokens += batch.num_targets
     return {mode: value / tokens for mode, value in sums.items()}
 

@@ -59,7 +59,7 @@ def largest_tensor(chunk: int) -> int:
     module, ids = TrainingModule(model, chunk).train(), token_ids(2, 64)
     with LargestTensor() as watch:
         reset, mask = torch.ones(2, dtype=torch.bool), torch.ones(2, 64, dtype=torch.bool)
-        module(ids, ids, mask, reset, None, (True, True, False, False))[0].backward()
+        module(ids, ids, mask, reset, None, (True, True, False, False, True))[0].backward()
     return watch.elements
 
 

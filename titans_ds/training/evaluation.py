@@ -1,4 +1,5 @@
-"""Held-out evaluation: the same repositories with their own memory, without memory, and with another's.
+"""Held-out evaluation: the same repositories with their own memory, without memory, and with another's; and, where LoRA
+is trained beside the memory, with the base model before training, which shows what it has forgotten.
 
 Repositories are read in groups, row by row through time. The wrong memory of a row is the state of another row of its
 group after as many segments; groups are made of repositories with about as many segments, so states are length-matched.
@@ -27,6 +28,7 @@ from titans_ds.training.segments import IGNORED, Batch, RepositoryReader, Segmen
 from titans_ds.training.settings import EvaluationSettings
 
 MODES = ("memory", "ablated", "wrong")
+BEFORE = "before"  # without memory and without LoRA: the base model before training
 PLAIN = ("base",)  # of a model without memory
 
 
@@ -45,6 +47,11 @@ class Estimate:
     mean: float
     standard_error: float
 
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss; infinite where that is no number."""
+        return math.exp(self.mean) if self.mean < 700.0 else math.inf
+
 
 @dataclass(frozen=True)
 class RepositoryLosses:
@@ -57,11 +64,15 @@ class RepositoryLosses:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean losses over repositories, and the paired differences `MODE - memory`: above 0 where the memory helps."""
+    """Mean losses over repositories, and the paired differences `MODE - memory`: above 0 where the memory helps.
+
+    `forgetting` is `ablated - before`, paired: above 0 where training has made the base model worse on these tokens.
+    """
 
     repositories: list[RepositoryLosses]
     losses: dict[str, Estimate] = field(default_factory=dict)
     differences: dict[str, Estimate] = field(default_factory=dict)
+    forgetting: Estimate | None = None
 
 
 class Evaluator:
@@ -72,16 +83,30 @@ class Evaluator:
         settings: see EvaluationSettings.
         seed: of the choice of repositories and of wrong memories.
         with_memory: false where the model has none; then only its loss is measured, on all segments.
+        before: the model has LoRA: measure it without, too. (Where the base itself is trained: see `recall`.)
 
     Raises:
         DataError: fewer than two repositories have two segments of one memory.
     """
 
-    def __init__(self, reader: RepositoryReader, settings: EvaluationSettings, seed: int, with_memory: bool) -> None:
+    def __init__(
+        self,
+        reader: RepositoryReader,
+        settings: EvaluationSettings,
+        seed: int,
+        with_memory: bool,
+        before: bool = False,
+    ) -> None:
         self._reader, self._settings, self._with_memory = reader, settings, with_memory
         self._first = 1 if with_memory else 0
-        self._modes = MODES if with_memory else PLAIN
+        self._before, self._modes = before, (MODES if with_memory else PLAIN) + ((BEFORE,) if before else ())
+        self._recalled: dict[str, float] | None = None
         self.groups = self._make_groups(np.random.default_rng([seed, 1]))
+
+    def recall(self, before: dict[str, float]) -> None:
+        """Compare from now on with these losses of the base model before training, by repository."""
+        self._recalled = before
+        self._modes = (*MODES, BEFORE)
 
     def _make_groups(self, rng: np.random.Generator) -> list[Group]:
         eligible = [r for r in range(self._reader.split.num_repos) if self._counted(r) > 0]
@@ -142,6 +167,9 @@ class Evaluator:
                 _add(sums, batch, "ablated", run_segment(engine, batch, state, Mode(memory=False)).row_losses)
                 wrong = _swap(state, group, rows, engine.device)
                 _add(sums, batch, "wrong", run_segment(engine, batch, wrong, Mode(write=False)).row_losses)
+            if counted and self._before:
+                original = run_segment(engine, batch, None, Mode(memory=False, lora=False))
+                _add(sums, batch, BEFORE, original.row_losses)
             state = outputs.state or None
 
     def _segments(self, group: Group, time: int) -> list[Segment | None]:
@@ -150,15 +178,16 @@ class Evaluator:
     def _summarise(self, parts: list[dict[int, dict[str, float]]]) -> Evaluation:
         sums = {repo: values for part in parts for repo, values in part.items()}
         modes = self._modes
-        repositories = [
-            RepositoryLosses(
-                self._reader.split.repo_names[repo], int(v["tokens"]), {m: v[m] / v["tokens"] for m in modes}
-            )
-            for repo, v in sorted(sums.items())
-        ]
+        repositories = [self._repository(repo, values) for repo, values in sorted(sums.items())]
         losses = {mode: estimate([r.losses[mode] for r in repositories]) for mode in modes}
         differences = {m: estimate([r.losses[m] - r.losses[modes[0]] for r in repositories]) for m in modes[1:]}
-        return Evaluation(repositories, losses, differences)
+        return Evaluation(repositories, losses, differences, _forgetting(repositories) if BEFORE in modes else None)
+
+    def _repository(self, repo: int, values: dict[str, float]) -> RepositoryLosses:
+        name, tokens = self._reader.split.repo_names[repo], values["tokens"]
+        recalled = {} if self._recalled is None else {BEFORE: self._recalled[name]}
+        measured = {mode: values[mode] / tokens for mode in self._modes if mode not in recalled}
+        return RepositoryLosses(name, int(tokens), {**measured, **recalled})
 
 
 def estimate(values: list[float]) -> Estimate:
@@ -166,6 +195,10 @@ def estimate(values: list[float]) -> Estimate:
     n = len(values)
     error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else float("nan")
     return Estimate(float(np.mean(values)), error)
+
+
+def _forgetting(repositories: list[RepositoryLosses]) -> Estimate:
+    return estimate([r.losses["ablated"] - r.losses[BEFORE] for r in repositories])
 
 
 def _donors(size: int, rng: np.random.Generator) -> Integers:

@@ -28,6 +28,7 @@ from titans_ds.training.settings import TrainConfig
 from titans_ds.training.step import Carried, Passes, commit, run_passes
 
 logger = logging.getLogger("titans_ds")
+_BEFORE = "evaluation/before.json"
 
 
 class Reporter(Protocol):
@@ -131,6 +132,7 @@ class Trainer:
 
     def _run(self) -> Outcome:
         evaluation, stopped = None, False
+        self._measure_before()
         if self._resumed and self._evaluation_due():  # checkpoints are written before the evaluation of their step
             evaluation = self._evaluate()
         while self.progress.step < self.config.training.steps and not stopped:
@@ -143,6 +145,23 @@ class Trainer:
             raise TrainingError(self._unsaved)
         self._status("stopped" if stopped else "finished", evaluation=_summary(evaluation))
         return Outcome(evaluation, stopped)
+
+    def _measure_before(self) -> None:
+        """Where the base model trains beside a memory: its held-out loss before, which the run folder keeps."""
+        config, evaluator = self.config, self.evaluator
+        if evaluator is None or config.graft is None or config.model.trainable != "all":
+            return
+        settings = dataclasses.asdict(config.evaluation)
+        kept = ranks.on_rank_zero(lambda: self.folder.read_json(_BEFORE) if self.folder else None)
+        if kept is None and self.progress.step == 0:
+            result = evaluator.run(self.engine)
+            kept = {"evaluation": settings, "losses": {r.repo: r.losses["ablated"] for r in result.repositories}}
+            if self.folder:
+                self.folder.write(_BEFORE, json.dumps(kept, indent=1) + "\n")
+        if kept is not None and kept["evaluation"] == settings:
+            evaluator.recall(kept["losses"])
+        elif self.folder:
+            logger.warning("no held-out loss before training with these evaluation settings; forgetting is not shown")
 
     def _evaluation_due(self) -> bool:
         return self.evaluator is not None and evaluation_due(self.progress.step, self.config)
@@ -271,4 +290,6 @@ def _summary(evaluation: Evaluation | None) -> dict[str, Any] | None:
     differences = {mode: dataclasses.asdict(e) for mode, e in evaluation.differences.items()}
     tokens = sum(r.tokens for r in evaluation.repositories)
     counts = {"repositories": len(evaluation.repositories), "tokens": tokens}
-    return {"losses": losses, "minus_memory": differences, **counts}
+    perplexity = {mode: e.perplexity for mode, e in evaluation.losses.items()}
+    forgetting = {} if evaluation.forgetting is None else {"forgetting": dataclasses.asdict(evaluation.forgetting)}
+    return {"losses": losses, "minus_memory": differences, **forgetting, "perplexity": perplexity, **counts}

@@ -59,12 +59,14 @@ class Mode:
         write: compute the state after the segment.
         graph: keep the graph of the write (second order).
         stats: collect gates, inner losses and write norms.
+        lora: false skips LoRA too: without memory, the base model before training.
     """
 
     memory: bool = True
     write: bool = True
     graph: bool = False
     stats: bool = False
+    lora: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class TrainingModule(nn.Module):
         mask: Tensor,
         reset: Tensor,
         state: States | None,
-        mode: tuple[bool, bool, bool, bool],
+        mode: tuple[bool, bool, bool, bool, bool],
     ) -> tuple[Tensor, Tensor, States, States]:
         """One segment per row.
 
@@ -107,15 +109,18 @@ class TrainingModule(nn.Module):
             mask: bool [B, T], true where a token may be written.
             reset: bool [B], true where a row starts from W_0.
             state: by layer; None starts every row from W_0.
-            mode: memory, write, graph, stats; see Mode.
+            mode: memory, write, graph, stats, lora; see Mode.
 
         Returns:
             loss sum (scalar), loss by row [B], state after the segment, stats.
         """
-        memory, write, graph, stats = mode
+        memory, write, graph, stats, lora = mode
         model = cast(LanguageModel, self.model)
-        ablation = contextlib.nullcontext() if memory else cast(TitansModel, self.model).disable_memory()
-        with ablation:
+        with contextlib.ExitStack() as ablation:
+            if not memory:
+                ablation.enter_context(cast(TitansModel, self.model).disable_memory())
+            if not lora:
+                ablation.enter_context(cast(TitansModel, self.model).disable_lora())
             # Right padding under causal mixing: no real token sees a padding, so no attention mask is needed.
             output = model.read_write(
                 input_ids, state=state, reset=reset, write_mask=mask, write=write, graph=graph, collect_stats=stats
@@ -140,7 +145,7 @@ def run_segment(engine: Runner, batch: Batch, state: States | None, mode: Mode) 
     arrays = (batch.input_ids, batch.labels, batch.mask, batch.reset)
     tensors = [torch.from_numpy(array).to(engine.device, non_blocking=True) for array in arrays]
     given = None if not state else {index: dict(layer) for index, layer in state.items()}  # ZeRO-3 rewrites dicts
-    flags = (mode.memory, mode.write and mode.memory, mode.graph, mode.stats and mode.memory)
+    flags = (mode.memory, mode.write and mode.memory, mode.graph, mode.stats and mode.memory, mode.lora)
     return Outputs(*engine(*tensors, given, flags))
 
 

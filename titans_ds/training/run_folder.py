@@ -101,6 +101,11 @@ class RunFolder:
         """Write status.json: state is running, finished, stopped or failed."""
         self.write("status.json", json.dumps({"state": state, **details}, indent=2) + "\n")
 
+    def read_json(self, name: str) -> Any | None:
+        """A JSON file that the run wrote; None where there is none."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
     def write(self, name: str, text: str) -> None:
         """Write a text file."""
         target = self.path / name
