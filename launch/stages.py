@@ -32,7 +32,7 @@ class Stage:
         title: what it does, in a few words.
         program: what runs it: an interpreter or a launcher, with its own options. Another one makes the same product.
         arguments: what it does.
-        product: folder that it makes. Removed before it runs, so it must be a folder of the chain's own.
+        product: folder or file that it makes. Removed before it runs, so it must be the chain's own.
         settings: files among the arguments whose change makes another product.
     """
 
@@ -91,7 +91,7 @@ def _is_done(stamp: Path, fingerprint: str, product: Path) -> bool:
 
 def _run(stage: Stage, stamp: Path, cwd: Path, environment: dict[str, str]) -> float:
     stamp.unlink(missing_ok=True)
-    shutil.rmtree(stage.product, ignore_errors=True)
+    _remove(stage.product)
     start = time.perf_counter()
     done = subprocess.run(stage.command, cwd=cwd, env=os.environ | environment, check=False)
     if done.returncode or not stage.product.exists():
@@ -100,6 +100,13 @@ def _run(stage: Stage, stamp: Path, cwd: Path, environment: dict[str, str]) -> f
             + " ".join(stage.command)
         )
     return time.perf_counter() - start
+
+
+def _remove(product: Path) -> None:
+    if product.is_dir():
+        shutil.rmtree(product)
+    else:
+        product.unlink(missing_ok=True)
 
 
 def _write_stamp(stamp: Path, fingerprint: str, stage: Stage, seconds: float) -> None:

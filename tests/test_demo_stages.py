@@ -15,6 +15,7 @@ from titans_ds.training.evaluation import Estimate, Evaluation
 APPEND = (
     "import os, sys; os.makedirs(sys.argv[1]); open(sys.argv[1] + '/x', 'w').write(os.environ['WORD'] + sys.argv[2])"
 )
+TOUCH = "import os, sys; assert not os.path.exists(sys.argv[1]); open(sys.argv[1], 'w').write('made')"
 
 
 def make_stage(folder: Path, name: str, text: str, **changes: object) -> Stage:
@@ -42,6 +43,18 @@ def test_a_missing_product_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "a/x").unlink()
     (tmp_path / "a").rmdir()
     assert run_all(tmp_path, stages) == ["a"]
+
+
+def test_a_product_can_be_a_file_in_another_product(tmp_path: Path) -> None:
+    """As the report in the evaluation's folder: made again where the folder is, and alone where it is missing."""
+    product = tmp_path / "a" / "f"
+    stages = [make_stage(tmp_path, "a", "1"), Stage("f", [sys.executable, "-c", TOUCH], [str(product)], product)]
+    assert run_all(tmp_path, stages) == ["a", "f"]
+    assert run_all(tmp_path, stages) == []
+    product.unlink()
+    assert run_all(tmp_path, stages) == ["f"]
+    assert run_all(tmp_path, [make_stage(tmp_path, "a", "2"), stages[1]]) == ["a", "f"]
+    assert product.read_text() == "made"
 
 
 def test_another_program_makes_the_same_product_and_another_settings_file_does_not(tmp_path: Path) -> None:
