@@ -9,6 +9,7 @@ from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
 from titans_ds.errors import TitansError
 from titans_ds.graft import MemorySession, TitansModel, attach
 from titans_ds.memory import MemoryState
+from titans_ds.memory_config import named_memory
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "TitansModel",
     "__version__",
     "attach",
+    "named_memory",
 ]
