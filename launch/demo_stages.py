@@ -65,7 +65,7 @@ def make_stages(options: argparse.Namespace, machine: Machine) -> list[Stage]:
         stages.append(base_stage(out, options, machine))
     stages.append(memory_stage(out, base, options, machine))
     if options.samples:
-        stages += [benchmark_stage(out), evaluation_stage(out, base, options.samples), report_stage(out)]
+        stages += [benchmark_stage(out), evaluation_stage(out, base, options), report_stage(out)]
     return stages
 
 
@@ -156,15 +156,17 @@ def benchmark_stage(out: Path) -> Stage:
     return Stage("benchmark of 2026 unpacked", [sys.executable], arguments, out / "benchmark")
 
 
-def evaluation_stage(out: Path, base: str, samples: int) -> Stage:
+def evaluation_stage(out: Path, base: str, options: argparse.Namespace) -> Stage:
     """Completions and likelihoods on a few random samples; on a CPU in float32, the program's own choice."""
     data = out / "benchmark" / "as_is" / "python" / "line_completion_rg1_bm25.jsonl"
     arguments = ["-m", "eval.crosscodeeval", "run", "--base", base, "--adapter", str(out / "memory" / "adapter")]
-    arguments += ["--data", str(data), "--modes", MODES, "--limit", str(samples), "--subset", "random"]
+    arguments += ["--data", str(data), "--modes", MODES, "--limit", str(options.samples), "--subset", "random"]
     arguments += ["--max-length", "1024", "--max-new-tokens", "32", "--batch-size", "8", "--no-report"]
     arguments += ["--out", str(out / "evaluation")]
-    title = f"evaluation, {samples} completions in each of {len(MODES.split(','))} modes"
-    return Stage(title, [sys.executable], arguments, out / "evaluation")
+    title = f"evaluation, {options.samples} completions in each of {len(MODES.split(','))} modes"
+    small = options.base in (None, SCRATCH)  # so small that threads cost more than they bring
+    environment = {"OMP_NUM_THREADS": "1"} if small else {}
+    return Stage(title, [sys.executable], arguments, out / "evaluation", environment=environment)
 
 
 def report_stage(out: Path) -> Stage:

@@ -13,8 +13,8 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from titans_ds.errors import TitansError
@@ -34,6 +34,7 @@ class Stage:
         arguments: what it does.
         product: folder or file that it makes. Removed before it runs, so it must be the chain's own.
         settings: files among the arguments whose change makes another product.
+        environment: variables of this command alone, which change no product.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Stage:
     arguments: Sequence[str]
     product: Path
     settings: Sequence[Path] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def command(self) -> list[str]:
@@ -93,7 +95,8 @@ def _run(stage: Stage, stamp: Path, cwd: Path, environment: dict[str, str]) -> f
     stamp.unlink(missing_ok=True)
     _remove(stage.product)
     start = time.perf_counter()
-    done = subprocess.run(stage.command, cwd=cwd, env=os.environ | environment, check=False)
+    variables = {**os.environ, **environment, **stage.environment}
+    done = subprocess.run(stage.command, cwd=cwd, env=variables, check=False)
     if done.returncode or not stage.product.exists():
         raise StageError(
             f"{stage.title}: the command ended with exit code {done.returncode} (its own message stands above):\n  "

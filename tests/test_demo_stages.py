@@ -37,6 +37,12 @@ def test_done_stages_are_skipped_and_a_change_repeats_the_rest(tmp_path: Path) -
     assert (tmp_path / "b/x").read_text() == "w2"
 
 
+def test_a_stage_has_variables_of_its_own(tmp_path: Path) -> None:
+    stages = [make_stage(tmp_path, "a", "1", environment={"WORD": "own"}), make_stage(tmp_path, "b", "1")]
+    run_all(tmp_path, stages)
+    assert [(tmp_path / name / "x").read_text() for name in "ab"] == ["own1", "w1"]
+
+
 def test_a_missing_product_is_made_again(tmp_path: Path) -> None:
     stages = [make_stage(tmp_path, name, "1") for name in "ab"]
     run_all(tmp_path, stages)
