@@ -21,6 +21,7 @@ from titans_ds.zero.ops import exclusive, needed_ops
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = str(ROOT / "launch" / "train.py")
 BIN = Path(sys.executable).parent
+RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 ACCELERATE = ["launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 
 
@@ -29,7 +30,9 @@ def start(place: Path, launcher: list[str], name: str, **environment: str) -> su
     options = ["--training.steps", "2", "--evaluation.interval", "0", "--checkpoint.interval", "0"]
     command = [*launcher, TRAIN, "--config", str(place / "config.yaml"), "--run.dir", str(place / name), *options]
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    given = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **environment}
+    # A test that trained in this process has left its rank in the environment; a launcher must not inherit it.
+    clean = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    given = {**clean, "OMP_NUM_THREADS": "1", "PATH": path, **environment}
     return subprocess.run(command, cwd=place, env=given, capture_output=True, text=True, timeout=300)
 
 
