@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import io
 import json
@@ -12,10 +13,12 @@ import symtable
 import tokenize
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_prep import benchmark2026, build_benchmark
+from data_prep.benchmark import build
 from data_prep.benchmark.python_targets import PythonFinder
 from data_prep.benchmark.renaming import Renamer
 from data_prep.benchmark.repository import Repository
@@ -343,6 +346,41 @@ def test_the_command_writes_rows_that_rebuild_their_files(tmp_path: Path) -> Non
     with pytest.raises(DataPrepError, match="No sample is left"):
         build_benchmark.main(["--folders", str(root), "--min-prompt-lines", "100000", "--out", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
+
+
+def test_a_stopped_build_goes_on_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, out = _folder_of_repositories(tmp_path / "repos"), tmp_path / "out"
+    command = ["--folders", str(root), "--rename", "--max-per-repository", "8"]
+    build_benchmark.main([*command, "--out", str(tmp_path / "whole")])
+    analysed: list[str] = []
+    find, rows_of = build.LANGUAGES["python"].find, build._variant_rows
+
+    def counting(repository: Any) -> Any:
+        analysed.append(repository.name)
+        return find(repository)
+
+    def stopped(*given: Any) -> Any:
+        if given[3] > 0:  # the second repository's rows
+            raise KeyboardInterrupt
+        return rows_of(*given)
+
+    language = dataclasses.replace(build.LANGUAGES["python"], find=counting)
+    monkeypatch.setitem(build.LANGUAGES, "python", language)
+    monkeypatch.setattr(build, "_variant_rows", stopped)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        build_benchmark.main([*command, "--out", str(out)])
+    assert not out.exists()
+    first = len(analysed)
+    assert first >= 2
+    monkeypatch.setattr(build, "_variant_rows", rows_of)
+    build_benchmark.main([*command, "--out", str(out)])
+    assert len(analysed) == first  # nothing was analysed again
+    assert not out.with_name("out.unfinished").exists()
+    for path in (tmp_path / "whole").rglob("*.jsonl"):
+        assert (out / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
+    (root / sorted(p.name for p in root.iterdir())[0] / "new.py").write_text("import os\n")
+    build_benchmark.main([*command, "--out", str(tmp_path / "changed")])
+    assert len(analysed) > first  # other files, other parts
 
 
 def test_the_committed_benchmark(tmp_path: Path) -> None:

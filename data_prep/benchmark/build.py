@@ -16,6 +16,7 @@ from ..output import atomic_folder, sha256_of, write_json, write_jsonl, write_te
 from ..settings import CorpusSettings
 from ..sources.base import Source
 from .languages import LANGUAGES, Language
+from .parts import Parts
 from .renaming import Renamer
 from .repository import Repository, read_repositories
 from .retrieval import MODES, Ranker, Retriever
@@ -39,7 +40,7 @@ class BenchmarkSettings:
 class _Built:
     """Samples and counts on their way to the files."""
 
-    rows: dict[str, dict[str, list[CrossCodeEvalRow]]]
+    rows: dict[str, dict[str, list[dict[str, Any]]]]
     dropped: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     repositories: list[dict[str, Any]] = field(default_factory=list)
@@ -60,22 +61,25 @@ def build_benchmark(
 ) -> dict[str, Any]:
     """Write the benchmark to folder `out` and return its manifest.
 
-    `files` holds the file filters and the licence allow-list. Raises DataPrepError naming the filters where no
-    sample is left.
+    `files` holds the file filters and the licence allow-list. A build that was stopped goes on where it was when the
+    same command is given again. Raises DataPrepError naming the filters where no sample is left.
     """
     language = _language(settings.language)
-    found = list(_found(source, files, settings, language))
+    parts = Parts(out, {"settings": asdict(settings), "files": files.to_json(), "retrieval": ranker.name})
+    found = list(_found(source, files, settings, language, parts))
     kept = _sampled([(repository, target) for repository, chosen, _ in found for target in chosen], settings)
     built = _Built({variant: {mode: [] for mode in ("none", *MODES)} for variant in _variants(settings)})
     for repository, chosen, dropped in found:
         built.dropped.update(dropped)
         mine = [target for target in chosen if (repository.name, target.file, target.start) in kept]
         if mine:
-            _add_repository(built, repository, mine, settings, ranker, language)
+            _add_repository(built, repository, mine, settings, ranker, language, parts)
             for name, text in source.license_texts(repository.unit).items():
                 built.license_texts[f"{repository.label}/{name.replace('/', '_')}"] = text
     _require_samples(built, len(found))
-    return _write(built, source, files, settings, ranker, out, command)
+    manifest = _write(built, source, files, settings, ranker, out, command)
+    parts.remove()
+    return manifest
 
 
 def _language(name: str) -> Language:
@@ -89,15 +93,26 @@ def _variants(settings: BenchmarkSettings) -> tuple[str, ...]:
 
 
 def _found(
-    source: Source, files: CorpusSettings, settings: BenchmarkSettings, language: Language
+    source: Source, files: CorpusSettings, settings: BenchmarkSettings, language: Language, parts: Parts
 ) -> Iterator[tuple[Repository, list[Target], Counter[str]]]:
     with progress_bar() as progress:
         task = progress.add_task("finding targets", total=len(source.list_units()))
         for repository in read_repositories(source, files):
             progress.advance(task)
             if len(repository.files) >= settings.min_files:
-                targets = language.find(repository)
-                yield repository, *choose(targets, repository.files, settings.limits, repository.name, settings.seed)
+                yield repository, *_targets(repository, settings, language, parts)
+
+
+def _targets(
+    repository: Repository, settings: BenchmarkSettings, language: Language, parts: Parts
+) -> tuple[list[Target], Counter[str]]:
+    done = parts.get("targets", repository)
+    if done is not None:
+        return [Target(**target) for target in done["chosen"]], Counter(done["dropped"])
+    targets = language.find(repository)
+    chosen, dropped = choose(targets, repository.files, settings.limits, repository.name, settings.seed)
+    parts.put({"chosen": [asdict(target) for target in chosen], "dropped": dict(dropped)}, "targets", repository)
+    return chosen, dropped
 
 
 def _sampled(pairs: list[tuple[Repository, Target]], settings: BenchmarkSettings) -> set[tuple[str, str, int]]:
@@ -114,21 +129,43 @@ def _add_repository(
     settings: BenchmarkSettings,
     ranker: Ranker,
     language: Language,
+    parts: Parts,
 ) -> None:
-    number = len(built.rows["as_is"]["none"])
-    for name in built.rows:
-        variant = _variant(repository, name, settings.seed)
-        retriever = Retriever(variant.files, ranker)
-        for place, target in enumerate(targets):
-            task_id = f"project_cc_{language.name}/{number + place}"
-            plain = _row(repository, target, variant, task_id, language)
-            built.rows[name]["none"].append(plain)
-            for mode in MODES:
-                chunks = retriever.retrieve(plain.file, plain.prompt, plain.groundtruth, mode)
-                built.rows[name][mode].append(_with_context(plain, chunks))
+    number, places = len(built.rows["as_is"]["none"]), [asdict(target) for target in targets]
+    rows = parts.get("rows", repository, number, places)
+    if rows is None:
+        rows = {
+            name: _variant_rows(repository, targets, name, number, settings, ranker, language) for name in built.rows
+        }
+        parts.put(rows, "rows", repository, number, places)
+    for name, modes in rows.items():
+        for mode, values in modes.items():
+            built.rows[name][mode] += values
     built.kinds.update(target.kind for target in targets)
     record = {"repository": repository.label, "license": repository.license, "version": repository.version}
     built.repositories.append({**record, "files": len(repository.files), "samples": len(targets)})
+
+
+def _variant_rows(
+    repository: Repository,
+    targets: list[Target],
+    name: str,
+    number: int,
+    settings: BenchmarkSettings,
+    ranker: Ranker,
+    language: Language,
+) -> dict[str, list[dict[str, Any]]]:
+    """JSON rows by mode; task numbers count from `number`."""
+    variant = _variant(repository, name, settings.seed)
+    retriever = Retriever(variant.files, ranker)
+    rows: dict[str, list[dict[str, Any]]] = {mode: [] for mode in ("none", *MODES)}
+    for place, target in enumerate(targets):
+        plain = _row(repository, target, variant, f"project_cc_{language.name}/{number + place}", language)
+        rows["none"].append(plain.to_json())
+        for mode in MODES:
+            chunks = retriever.retrieve(plain.file, plain.prompt, plain.groundtruth, mode)
+            rows[mode].append(_with_context(plain, chunks).to_json())
+    return rows
 
 
 def _variant(repository: Repository, name: str, seed: int) -> _Variant:
@@ -193,7 +230,7 @@ def _write(
             for mode, rows in modes.items():
                 suffix = "" if mode == "none" else f"_{mode}_{ranker.name}"
                 path = folder / variant / settings.language / f"line_completion{suffix}.jsonl"
-                write_jsonl(path, [row.to_json() for row in rows])
+                write_jsonl(path, rows)
                 hashes[path.relative_to(folder).as_posix()] = sha256_of(path)
         for name, text in built.license_texts.items():
             write_text(folder / "licenses" / name, text)
