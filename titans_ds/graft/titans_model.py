@@ -150,7 +150,7 @@ class TitansModel(nn.Module):
             memory: fast weights of B samples; nothing is written.
             kwargs: handed to the base model.
         """
-        with self._call(self._reading(memory, input_ids.shape[0])):
+        with active(self._reading(memory, input_ids.shape[0])):
             return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def read_write(
@@ -296,7 +296,7 @@ class TitansModel(nn.Module):
                 raise ConfigError("generate: write_prompt needs a session to write into; pass memory=")
             self.prime(input_ids, memory, kwargs.get("attention_mask"))
         call = self._reading(None if memory is None else memory.state, input_ids.shape[0], _expansion(self, kwargs))
-        with self._call(call):
+        with active(call):
             return self.base_model.generate(input_ids, **kwargs)  # type: ignore[operator]
 
     def _reading(self, state: MemoryState | None, batch_size: int, times: int = 1) -> Call | None:
@@ -313,10 +313,6 @@ class TitansModel(nn.Module):
         """Whether a token's query sees the tokens before it, beside the memory."""
         features = self.config.memory.features
         return features.convolution and features.convolve_queries and self.config.injection != "mac"
-
-    @staticmethod
-    def _call(call: Call | None) -> contextlib.AbstractContextManager[None]:
-        return active(call)
 
     def _check_batch(self, state: MemoryState, batch_size: int) -> None:
         if state.batch_size != batch_size:
