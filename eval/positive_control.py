@@ -3,6 +3,7 @@
 python -m eval.positive_control kv_recall --seeds 3 --minutes 8 --out runs/kv_recall
 python -m eval.positive_control kv_recall --order first --steps 2000 --device cuda
 python -m eval.positive_control mqar|needle|induction|style
+python -m eval.positive_control mqar --config launch/configs/controls/mqar-titans*.yaml --seeds 3    # side by side
 
 Every control is a file in launch/configs/controls; --set changes any of its settings. A model with a memory and one
 that has the whole context in its window are trained for as long, on the same fresh episodes; eval/controls/measure.py
@@ -24,6 +25,7 @@ import yaml
 
 from titans_ds.errors import TitansError
 
+from .controls.comparison import compare
 from .controls.report import merge
 from .controls.run import run_control
 from .controls.settings import load_control
@@ -63,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("task", choices=sorted(TASKS))
-    add("--config", type=Path, help="another file than launch/configs/controls/TASK.yaml")
+    add("--config", type=Path, nargs="+", help="other files than launch/configs/controls/TASK.yaml; several: compared")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, as graft.memory.heads=4")
     add("--seeds", type=int, default=1, help="how many (default 1); seeds 0, 1, …")
     add("--first-seed", type=int, default=0)
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     add("--threads", type=int, help="of the processor")
     add("--merge", type=Path, nargs="+", metavar="DIR", help="train nothing: one table of runs that differ in seeds")
+    add("--compare", type=Path, nargs="+", metavar="DIR", help="train nothing: one table of runs of other settings")
     add("--out", type=Path, help="results (JSON and Markdown); runs/positive_control/TASK… where not given")
     return parser
 
@@ -123,11 +126,19 @@ def _run(options: argparse.Namespace) -> None:
     if options.merge:
         merge(options.merge, out)
         return
-    config = load_control(options.task, changes_of(options), options.config)
+    if options.compare:
+        compare(options.compare, out)
+        return
     if options.threads:
         torch.set_num_threads(options.threads)
+    files = sorted(options.config or [None], key=lambda path: "" if path is None else path.stem)  # X before X-linear
+    configs = [load_control(options.task, changes_of(options), path) for path in files]  # wrong ones end it here
+    folders = [out if path is None or len(files) == 1 else out / path.stem for path in files]
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    run_control(config, seeds, _device(options.device), out, options.full_context)
+    for config, folder in zip(configs, folders, strict=True):
+        run_control(config, seeds, _device(options.device), folder, options.full_context)
+    if len(folders) > 1:
+        compare(folders, out)
 
 
 def _device(name: str) -> torch.device:

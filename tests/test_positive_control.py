@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -326,3 +327,43 @@ def test_a_file_of_another_task_is_refused() -> None:
         load_control("mqar", {}, CONFIGS / "kv_recall.yaml")
     with pytest.raises(ConfigError, match="either minutes or steps"):
         load_control("kv_recall", {"steps": 3})
+
+
+# --- several configurations side by side
+
+
+def test_a_file_extends_another_by_dotted_names(tmp_path: Path) -> None:
+    for task in ("mqar", "needle"):
+        whole_, without = (
+            load_control(task, {}, CONFIGS / f"{task}-titans{end}.yaml") for end in ("", "-no-forget-gate")
+        )
+        rule, changed = whole_.graft.memory.rule, without.graft.memory.rule
+        assert (rule.forget_gate, rule.token_forget_gate) == (0.001, True)
+        assert changed == dataclasses.replace(rule, forget_gate=0.0, token_forget_gate=False)
+        graft = dataclasses.replace(whole_.graft, memory=without.graft.memory)
+        assert dataclasses.replace(whole_, graft=graft) == without, "one part is left out, and nothing else"
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    with pytest.raises(EvalError, match=r"b\.yaml does not exist"):
+        load_control("mqar", {}, tmp_path / "a.yaml")
+
+
+def test_several_files_are_trained_on_the_same_episodes_and_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(CONFIGS / f"mqar-titans{end}.yaml") for end in ("-no-momentum", "")]
+    tiny = [f"--set={name}={json.dumps(value)}" for name, value in TINY.items() if name not in ("minutes", "steps")]
+    arguments = ["--steps", "1", "--seeds", "2", "--no-full-context", "--out", str(tmp_path)]
+    assert main(["mqar", "--config", *files, *arguments, *tiny]) == 0
+    assert "| mqar-titans-no-momentum - mqar-titans |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert (found["first"], set(found["runs"])) == ("mqar-titans", {"mqar-titans", "mqar-titans-no-momentum"})
+    own = [json.loads((tmp_path / name / "results.json").read_text()) for name in found["runs"]]
+    assert [run["config"]["graft"]["memory"]["rule"]["optimizer"] for run in own] == ["momentum", "sgd"]
+    means = [run["summary"]["4"]["arms"]["memory"]["em"]["mean"] for run in own]
+    cell = found["runs"]["mqar-titans-no-momentum"]["levels"]["4"]["memory_minus_first"]
+    assert cell["mean"] == pytest.approx(means[1] - means[0])
+    again = ["mqar", "--compare", *(str(tmp_path / name) for name in found["runs"]), "--out", str(tmp_path / "again")]
+    assert main(again) == 0
+    assert json.loads((tmp_path / "again" / "comparison.json").read_text()) == found
+    assert main(["mqar", "--compare", str(tmp_path / "mqar-titans"), "/nowhere", "--out", str(tmp_path)]) == 2
+    assert "can't be read" in capsys.readouterr().err

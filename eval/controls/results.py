@@ -63,6 +63,12 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return clustered_interval(list(values), range(len(values)))
 
 
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and 95% interval over seeds, as they stand in JSON; no interval for one seed."""
+    found = over_seeds(values)
+    return {"mean": found.mean, "interval": [_finite(found.low), _finite(found.high)]}
+
+
 def summarise(seeds: Sequence[SeedResult]) -> dict[str, Any]:
     """By level: every arm's mean and interval, and memory minus each of the others."""
     finished = [seed for seed in seeds if seed.levels]
@@ -90,8 +96,7 @@ def _mean(seeds: Sequence[dict[str, dict[str, Any]]], arm: str, measure: str) ->
 def _differences(seeds: Sequence[dict[str, dict[str, Any]]], arm: str) -> dict[str, Any]:
     differences = {}
     for measure in ("em", "nll"):
-        found = over_seeds([seed["memory"][measure] - seed[arm][measure] for seed in seeds])
-        differences[measure] = {"mean": found.mean, "interval": [_finite(found.low), _finite(found.high)]}
+        differences[measure] = spread([seed["memory"][measure] - seed[arm][measure] for seed in seeds])
     return differences
 
 
@@ -108,6 +113,11 @@ def table(task: str, summary: dict[str, Any], unit: str, measure: str = "em") ->
     for arm in [arm for arm in arms if arm in ("ablation", "wrong")]:
         cells = [_difference(summary[level]["memory_minus"].get(arm), measure) for level in levels]
         rows.append([f"memory - {arm}", *cells])
+    return markdown(head, rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 

@@ -101,6 +101,8 @@ def load_control(
 ) -> ControlConfig:
     """The settings of a control.
 
+    A file may say `extends: FILE` (beside it); what else it says then are changes, by dotted name.
+
     Args:
         task: its name, which is that of its file, too.
         changes: dotted name -> value, put in place of what the file says.
@@ -109,10 +111,7 @@ def load_control(
     Raises:
         EvalError, ConfigError: the file is missing, or a setting is wrong.
     """
-    path = path or CONFIGS / f"{task}.yaml"
-    if not path.is_file():
-        raise EvalError(f"{path} does not exist; give --config, or make one like those in {CONFIGS}.")
-    values: dict[str, Any] = yaml.safe_load(path.read_text())
+    values = _read(path or CONFIGS / f"{task}.yaml")
     if values.get("task") != task:
         raise EvalError(
             f"{path} is a control of task {values.get('task')!r}, not {task!r}; give a --config of this task."
@@ -123,6 +122,19 @@ def load_control(
         values["optimizer"]["betas"] = tuple(values["optimizer"]["betas"])
     config: ControlConfig = build(ControlConfig, values, "", False)
     return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file's values. One that says `extends: FILE` has that file's, with its own in place of them by dotted name."""
+    if not path.is_file():
+        raise EvalError(f"{path} does not exist; give --config, or make one like those in {CONFIGS}.")
+    values: dict[str, Any] = yaml.safe_load(path.read_text())
+    if "extends" not in values:
+        return values
+    base = _read(path.parent / str(values.pop("extends")))
+    for name, value in values.items():
+        _set(base, name, value)
+    return base
 
 
 def _set(values: dict[str, Any], name: str, value: Any) -> None:
