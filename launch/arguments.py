@@ -7,8 +7,9 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
@@ -40,7 +41,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, str]:
     """
     arguments = [_full_name(a) for a in argv if not a.startswith(("--local_rank", "--local-rank"))]
     parser = make_parser()
-    known = sorted(_known_keys(parser))
+    known = sorted(setting_types())
     _check_options(arguments, known)
     for path in _config_files(arguments):
         _check_file(path, known)
@@ -68,19 +69,28 @@ def _with_run_dir(arguments: list[str]) -> list[str]:
     return [f"--run.dir=runs/{name}", *arguments]
 
 
-def _known_keys(parser: ArgumentParser) -> Iterator[str]:
-    from dataclasses import fields, is_dataclass
-    from typing import get_args, get_type_hints
+def setting_types() -> dict[str, Any]:
+    """Type hint of every setting and section by its dotted name, as `graft.memory.dim`."""
+    return dict(_walk(TrainConfig, ""))
 
-    def walk(cls: Any, prefix: str) -> Iterator[str]:
-        hints = get_type_hints(cls)
-        for item in fields(cls):
-            yield prefix + item.name
-            for hint in (hints[item.name], *get_args(hints[item.name])):
-                if is_dataclass(hint):
-                    yield from walk(hint, f"{prefix}{item.name}.")
 
-    yield from walk(TrainConfig, "")
+def check_setting(name: str, where: str) -> None:
+    """Raise ConfigError, naming the nearest setting, where there is none of this dotted name.
+
+    Args:
+        name: of the setting.
+        where: it was found, as the message begins.
+    """
+    _check_key(name, sorted(setting_types()), where)
+
+
+def _walk(cls: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        yield prefix + item.name, hints[item.name]
+        for hint in (hints[item.name], *get_args(hints[item.name])):
+            if is_dataclass(hint):
+                yield from _walk(hint, f"{prefix}{item.name}.")
 
 
 def _check_options(arguments: Sequence[str], known: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 Each stage is one command with one product. After it has succeeded a stamp is written that holds a hash of the command,
 of the files it reads its settings from, and of all stages before it; a stage with a fitting stamp and its product in
-place is skipped.
+place is skipped. One that was stopped goes on where its command can do that; otherwise it starts anew.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Stage:
         product: folder or file that it makes. Removed before it runs, so it must be the chain's own.
         settings: files among the arguments whose change makes another product.
         environment: variables of this command alone, which change no product.
+        resume: arguments with which the command goes on with a product that it has begun; none where it cannot.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Stage:
     product: Path
     settings: Sequence[Path] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    resume: Sequence[str] = ()
 
     @property
     def command(self) -> list[str]:
@@ -73,8 +75,8 @@ def run_stages(
             say(f"[{number}/{len(stages)}] {stage.title}: done already")
             continue
         say(f"[{number}/{len(stages)}] {stage.title} …")
-        seconds = _run(stage, stamp, cwd, environment)
-        _write_stamp(stamp, before, stage, seconds)
+        seconds = _run(stage, stamp, before, cwd, environment)
+        _write_stamp(stamp, stage, {"fingerprint": before, "seconds": round(seconds, 1)})
         ran.append(stage)
         say(f"[{number}/{len(stages)}] {stage.title}: {seconds:.0f} s")
     return ran
@@ -91,17 +93,23 @@ def _is_done(stamp: Path, fingerprint: str, product: Path) -> bool:
     return bool(json.loads(stamp.read_text())["fingerprint"] == fingerprint)
 
 
-def _run(stage: Stage, stamp: Path, cwd: Path, environment: dict[str, str]) -> float:
+def _run(stage: Stage, stamp: Path, fingerprint: str, cwd: Path, environment: dict[str, str]) -> float:
+    begun = stamp.with_suffix(".begun")
+    goes_on = bool(stage.resume) and _is_done(begun, fingerprint, stage.product)
     stamp.unlink(missing_ok=True)
-    _remove(stage.product)
+    if not goes_on:
+        _remove(stage.product)
+        _write_stamp(begun, stage, {"fingerprint": fingerprint})
     start = time.perf_counter()
     variables = {**os.environ, **environment, **stage.environment}
-    done = subprocess.run(stage.command, cwd=cwd, env=variables, check=False)
+    command = [*stage.command, *stage.resume] if goes_on else stage.command
+    done = subprocess.run(command, cwd=cwd, env=variables, check=False)
     if done.returncode or not stage.product.exists():
         raise StageError(
             f"{stage.title}: the command ended with exit code {done.returncode} (its own message stands above):\n  "
-            + " ".join(stage.command)
+            + " ".join(command)
         )
+    begun.unlink()
     return time.perf_counter() - start
 
 
@@ -112,9 +120,8 @@ def _remove(product: Path) -> None:
         product.unlink(missing_ok=True)
 
 
-def _write_stamp(stamp: Path, fingerprint: str, stage: Stage, seconds: float) -> None:
+def _write_stamp(stamp: Path, stage: Stage, values: Mapping[str, object]) -> None:
     stamp.parent.mkdir(parents=True, exist_ok=True)
     partial = stamp.with_suffix(".part")
-    values = {"fingerprint": fingerprint, "command": stage.command, "seconds": round(seconds, 1)}
-    partial.write_text(json.dumps(values, indent=1) + "\n")
+    partial.write_text(json.dumps({**values, "command": stage.command}, indent=1) + "\n")
     os.replace(partial, stamp)

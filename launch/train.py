@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from titans_ds.training.segments import RepositoryReader
 from titans_ds.training.settings import TrainConfig
 from titans_ds.zero.config import complete_config, read_config, zero_stage
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
+from titans_ds.zero.heartbeat import LOST, failed_everywhere, lost_contact, say_lost, stop_heartbeat
 from titans_ds.zero.loading import partitioned_loading
 from titans_ds.zero.offload import check_checkpointable, place_nvme
 from titans_ds.zero.ops import needed_ops, prepare_ops
@@ -53,17 +55,27 @@ STOPPED = 143  # 128 + SIGTERM, as a shell reports it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0, 2 for an error that the user can mend, 143 after SIGTERM."""
+    """Run the program; returns 0, 2 for an error that the user can mend, 75 for a lost rank, 143 after SIGTERM."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         config, text = parse(sys.argv[1:] if argv is None else argv)
         return train(config, text)
     except TitansError as error:
-        if ranks.rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        together = failed_everywhere()
+        if ranks.rank() == 0 or not together:
+            where = "" if together else f" (rank {ranks.rank()} on {socket.gethostname()} alone)"
+            print(f"error: {error}{where}", file=sys.stderr, flush=True)
+        if not together:
+            leave_at_once(2)
         stop_ranks()
         return 2
+    except RuntimeError as error:
+        if not (ranks.distributed() and lost_contact(error)):
+            raise
+        say_lost(f"rank {ranks.rank()} on {socket.gethostname()} lost contact with another rank ({first_line(error)})")
+        leave_at_once(LOST)
+        return LOST
 
 
 def train(config: TrainConfig, text: str) -> int:
@@ -239,7 +251,20 @@ def stop_ranks() -> None:
     """Leave torch.distributed; its threads can abort a process that ends without."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # a rank that leaves while another still talks to it can abort
+        stop_heartbeat()
         torch.distributed.destroy_process_group()
+
+
+def leave_at_once(code: int) -> None:
+    """End this process where another rank is gone: to take leave of torch.distributed would wait for that one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 if __name__ == "__main__":
