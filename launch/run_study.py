@@ -63,11 +63,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--retrain", action="store_true", help="also train arms whose adapter comes with this project")
     add("--train-only", action="store_true", help="evaluate nothing yet")
     add("--ranks", type=int, help="processes of each training (default: one a GPU; 1 on CPU)")
+    add("--batch-size", type=int, help="of the evaluations; changes no result in float32")
     add("--jobs", type=int, default=1, help="trainings, and then evaluations, side by side (default 1)")
     options = parser.parse_args(arguments)
-    for name in ("ranks", "jobs"):
+    for name in ("ranks", "jobs", "batch_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}; it must be 1 or more")
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be 1 or more")
     return options
 
 
@@ -116,7 +117,7 @@ def place_of(options: argparse.Namespace) -> Place:
         corpora[base if equals else ""] = Path(folder if equals else text)
     machine = find_machine(options.ranks)
     ranks = options.ranks or (machine.ranks if machine.gpu else 1)
-    return Place(options.out.resolve(), corpora, ranks, options.retrain)
+    return Place(options.out.resolve(), corpora, ranks, options.retrain, options.batch_size)
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -35,6 +35,7 @@ class Stage:
         product: folder or file that it makes. Removed before it runs, so it must be the chain's own.
         settings: files among the arguments whose change makes another product.
         environment: variables of this command alone, which change no product.
+        speed: arguments that change how fast it runs, and no product.
         resume: arguments with which the command goes on with a product that it has begun; none where it cannot.
     """
 
@@ -44,12 +45,13 @@ class Stage:
     product: Path
     settings: Sequence[Path] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    speed: Sequence[str] = ()
     resume: Sequence[str] = ()
 
     @property
     def command(self) -> list[str]:
         """As it is run."""
-        return [*self.program, *self.arguments]
+        return [*self.program, *self.arguments, *self.speed]
 
 
 def run_stages(

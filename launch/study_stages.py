@@ -27,12 +27,14 @@ class Place:
         corpus: corpus folder, or one packed with the base's tokenizer; by base, or one (key "") for all.
         ranks: processes of each training; one runs without a launcher.
         retrain: also train the arms whose adapter comes with this project.
+        batch_size: of the evaluations; the program's own choice where None.
     """
 
     out: Path
     corpus: dict[str, Path]
     ranks: int = 1
     retrain: bool = False
+    batch_size: int | None = None
 
     def run(self, arm: str) -> Path:
         """Folder of an arm's training run."""
@@ -90,11 +92,12 @@ def evaluation(study: Study, name: str, benchmark: str, place: Place) -> list[St
     for option, value in study.options.items():
         arguments += [f"--{option.replace('_', '-')}", str(value)]
     arguments += ["--language", "python", "--no-report", "--out", str(out)]
+    speed = [] if place.batch_size is None else ["--batch-size", str(place.batch_size)]
     report = ["-m", "eval.crosscodeeval", "report", str(out), *(["--training-run", str(run)] if own else [])]
     title, python, made_of = f"{name} on {benchmark}", [sys.executable], [adapter / "adapter_config.json"]
     made_of += [run / "config.yaml"] if own else []
     return [
-        Stage(title, python, arguments, out, made_of, resume=["--resume"]),
+        Stage(title, python, arguments, out, made_of, speed=speed, resume=["--resume"]),
         Stage(f"{title}: report", python, report, out / "report.html"),
     ]
 
