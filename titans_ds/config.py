@@ -62,6 +62,8 @@ class GraftConfig:
             Attn(h + s M); `mac` memory_tokens reads f_W(q_1) … f_W(q_N) as extra keys and values of the attention, with
             log s added to their attention logits.
         memory_tokens: N, for `mac`: read with N learned queries.
+        persistent_tokens: learned tokens that do not depend on the input, as extra keys and values of each grafted
+            attention layer (Titans, arXiv 2501.00663, section 3.3), beside any injection; 0 for none.
         gate_init: g at the start; the gate is s = floor(sigmoid(g)), 0.5 at g = 0.
         gate_floor: f in [0, 1), the least value of s.
         gate_floor_mode: `clamp` max(f, sigmoid(g)), without gradient below the floor (the paper); `affine`
@@ -73,6 +75,7 @@ class GraftConfig:
     layers: list[int] | Literal["attention"] = "attention"
     injection: Literal["additive", "mac", "mag", "mal"] = "additive"
     memory_tokens: int = 8
+    persistent_tokens: int = 0
     gate_init: float = 0.0
     gate_floor: float = 0.0
     gate_floor_mode: Literal["clamp", "affine"] = "affine"
@@ -83,6 +86,7 @@ class GraftConfig:
         check_choices(self)
         require(0.0 <= self.gate_floor < 1.0, f"gate_floor is {self.gate_floor}; it must be in [0, 1)")
         require(self.memory_tokens >= 1, f"memory_tokens is {self.memory_tokens}; it must be 1 or more")
+        require(self.persistent_tokens >= 0, f"persistent_tokens is {self.persistent_tokens}; it must not be negative")
         require(self.segment_tokens >= 1, f"segment_tokens is {self.segment_tokens}; it must be 1 or more")
         if isinstance(self.layers, list):
             require(len(self.layers) > 0, "layers is an empty list; name at least one layer, or use 'attention'")

@@ -5,6 +5,7 @@ With M = P_o f_W(q) and the gate s = floor(sigmoid(g)), g of shape [1]:
     mag       Attn(h) + s (SiLU(RMSNorm(M)) * Attn(h))
     mal       Attn(h + s M)
     mac       Attn over N extra keys and values, made of f_W(q_1) … f_W(q_N): see titans_ds.graft.mac
+With persistent tokens, learned and the same for every input, the attention has these as extra keys and values as well.
 The mixer's own code and parameter names stay as they are; the graft is one child module, `titans`, and two hooks.
 """
 
@@ -24,6 +25,36 @@ from titans_ds.memory import Access, LayerState, NeuralMemory
 
 CHILD = "titans"
 _IN_FLIGHT = "_titans_in_flight"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Extra keys and values of an attention layer: tokens [B or 1, N, H], log s [1] is added to their logits."""
+
+    tokens: Tensor
+    s: Tensor
+
+
+class PersistentTokens(nn.Module):
+    """Learned tokens, the same for every input (Titans, arXiv 2501.00663, section 3.3), with a gate of their own.
+
+    Args:
+        hidden_size: model width H.
+        config: of the graft.
+        layer_index: makes this layer's random numbers its own.
+    """
+
+    def __init__(self, hidden_size: int, config: GraftConfig, layer_index: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(config.memory.seed * 8191 + layer_index + 4099)
+        # As large as a normalised hidden state, which is what the layer's projections are made for.
+        self.tokens = nn.Parameter(torch.randn(config.persistent_tokens, hidden_size, generator=generator))
+        self.gate = nn.Parameter(torch.full((1,), float(config.gate_init)))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Tokens [1, N, H] and s = sigmoid(g) [1]; a copy, since ZeRO-3 takes parameters away after a forward."""
+        s = torch.sigmoid(self.gate.to(torch.promote_types(self.gate.dtype, torch.float32)))
+        return self.tokens.unsqueeze(0).clone(), s
 
 
 class GraftedMemory(nn.Module):
@@ -51,6 +82,8 @@ class GraftedMemory(nn.Module):
         if config.injection == "mac":
             generator = torch.Generator().manual_seed(config.memory.seed * 8191 + layer_index)
             self.queries = nn.Parameter(torch.randn(config.memory_tokens, config.memory.dim, generator=generator))
+        if config.persistent_tokens:
+            self.persistent = PersistentTokens(hidden_size, config, layer_index)
 
     def gate_value(self) -> Tensor:
         """s in [floor, 1], shape [1], at least fp32."""
@@ -84,12 +117,18 @@ class GraftedMemory(nn.Module):
 
 @dataclass(frozen=True)
 class Flight:
-    """What the mixer's forward hook (and MAC's attention) need of the pre-hook of the same call."""
+    """What the mixer's forward hook (and its attention) need of the pre-hook of the same call.
+
+    Args:
+        signal, s: what the memory says, and its gate.
+        columns: extra keys and values, the first in front.
+    """
 
     signal: Tensor
     s: Tensor
 
 
+    columns: tuple[Columns, ...] = ()
 def before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of every token mixer: keep the call from the mixer's kernels, and let the memory read and write.
 
@@ -119,7 +158,10 @@ def _consult(grafted: GraftedMemory, hidden: Tensor, call: Call) -> Flight:
     if call.access.write or call.follows:
         call.new[index] = new_state
     call.stats[index] = stats
-    return Flight(signal, s)
+    columns = [Columns(*grafted.persistent())] if hasattr(grafted, "persistent") else []
+    if grafted.injection == "mac":
+        columns.append(Columns(signal, s))
+    return Flight(signal, s, tuple(columns))
 
 
 def in_flight(mixer: nn.Module) -> Flight | None:

@@ -1,8 +1,9 @@
-"""Memory as context: N memory tokens as extra keys and values of one attention layer (Titans, MAC).
+"""Extra keys and values of an attention layer: memory as context (Titans, MAC), and persistent tokens.
 
-The tokens are f_W(q_1) … f_W(q_N), mapped to the model's width and then through the layer's own key and value
+MAC's tokens are f_W(q_1) … f_W(q_N), mapped to the model's width and then through the layer's own key and value
 projections, without rotary embedding (they have no position). Every query sees them, with log s added to their logits.
-They are prepended after the KV cache has been updated, so the cache never holds them.
+Persistent tokens are learned instead, the same for every input, and stand in front of MAC's. All of them are prepended
+after the KV cache has been updated, so the cache never holds them.
 
 The base model's attention function is replaced by one that does nothing of this where no memory is in flight.
 """
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 
 from titans_ds.errors import ConfigError
 from titans_ds.graft.families import Mixer
-from titans_ds.graft.injection import Flight, in_flight
+from titans_ds.graft.injection import Columns, in_flight
 
 _SUPPORTED = ("sdpa", "eager")
 
 
 def install(base_model: nn.Module, mixers: list[Mixer]) -> str:
-    """Let the attention of `base_model` see memory tokens; returns the implementation it had, for `uninstall`.
+    """Let the attention of `base_model` see extra columns; returns the implementation it had, for `uninstall`.
 
     Raises:
         ConfigError: a layer is not attention, or the attention implementation takes no mask with a bias.
@@ -32,14 +33,14 @@ def install(base_model: nn.Module, mixers: list[Mixer]) -> str:
     linear = [m.index for m in mixers if not m.is_attention]
     if linear:
         raise ConfigError(
-            f"injection 'mac' adds keys and values to attention, but layer {linear[0]} is a DeltaNet layer; "
-            "choose attention layers, or injection 'additive', 'mag' or 'mal'"
+            f"injection 'mac' and persistent tokens add keys and values to attention, but layer {linear[0]} is a "
+            "DeltaNet layer; choose attention layers, or injection 'additive', 'mag' or 'mal' without persistent_tokens"
         )
     before = str(base_model.config._attn_implementation)  # type: ignore[union-attr]
     if before not in _SUPPORTED:
         raise ConfigError(
-            f"injection 'mac' works with attn_implementation 'sdpa' or 'eager', not {before!r} (it needs a bias on the "
-            "memory columns); load the base model with attn_implementation='sdpa'"
+            f"injection 'mac' and persistent tokens work with attn_implementation 'sdpa' or 'eager', not {before!r} "
+            "(they need a bias on the extra columns); load the base model with attn_implementation='sdpa'"
         )
     _register(before, type(mixers[0].module).__module__)
     base_model.set_attn_implementation(_name(before))  # type: ignore[operator]
@@ -82,7 +83,7 @@ def attend_with_memory(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> Any:
-    """An attention function of transformers: `attend`, over the memory tokens too where some are in flight.
+    """An attention function of transformers: `attend`, over the extra columns too where some are in flight.
 
     Args:
         attend: the function to hand on to.
@@ -93,17 +94,23 @@ def attend_with_memory(
         kwargs: handed on.
     """
     flight = in_flight(module)
-    if flight is None:
+    if flight is None or not flight.columns:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    memory_key, memory_value = _project(module, flight.signal.to(query.dtype), query.shape[-1])
-    bias = _bias(flight, attention_mask, query, key)
-    key, value = torch.cat([memory_key, key], dim=2), torch.cat([memory_value, value], dim=2)
+    extra = [_project(module, c.tokens.to(query.dtype), query) for c in flight.columns]
+    bias = _bias(flight.columns, attention_mask, query, key)
+    key = torch.cat([*(k for k, _ in extra), key], dim=2)
+    value = torch.cat([*(v for _, v in extra), value], dim=2)
     kwargs.pop("is_causal", None)
     return attend(module, query, key, value, bias, **kwargs)
 
 
-def _project(module: Any, tokens_BNH: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the memory tokens, [B, key-value heads, N, head dim], as the layer would make them."""
+def _project(module: Any, tokens_BNH: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of tokens, [B, key-value heads, N, head dim], as the layer would make them."""
+    key, value = _layer_projections(module, tokens_BNH, query.shape[-1])
+    return key.expand(query.shape[0], -1, -1, -1), value.expand(query.shape[0], -1, -1, -1)
+
+
+def _layer_projections(module: Any, tokens_BNH: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     shape = (*tokens_BNH.shape[:2], -1, head_dim)
     if hasattr(module, "query_key_value"):  # GPT-NeoX
         fused = module.query_key_value(tokens_BNH).view(*tokens_BNH.shape[:2], -1, 3 * head_dim).transpose(1, 2)
@@ -115,9 +122,9 @@ def _project(module: Any, tokens_BNH: Tensor, head_dim: int) -> tuple[Tensor, Te
     return key.transpose(1, 2), module.v_proj(tokens_BNH).view(shape).transpose(1, 2)
 
 
-def _bias(flight: Flight, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """Additive mask [B or 1, 1, T, N + S]: log s on the memory columns, the given mask (or causality) on the others."""
-    num_queries, num_keys, num_tokens = query.shape[2], key.shape[2], flight.signal.shape[1]
+def _bias(columns: tuple[Columns, ...], mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """Additive mask [B or 1, 1, T, N + S]: log s on the extra columns, the given mask (or causality) on the others."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
     lowest = torch.finfo(query.dtype).min
     if mask is None:
         ones = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device)
@@ -125,5 +132,5 @@ def _bias(flight: Flight, mask: Tensor | None, query: Tensor, key: Tensor) -> Te
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
     mask = mask[..., :num_keys].to(query.dtype)
-    log_s = flight.s.log().to(query.dtype).expand(*mask.shape[:-1], num_tokens)
-    return torch.cat([log_s, mask], dim=-1)
+    logs = [c.s.log().to(query.dtype).expand(*mask.shape[:-1], c.tokens.shape[1]) for c in columns]
+    return torch.cat([*logs, mask], dim=-1)

@@ -72,7 +72,7 @@ class TitansModel(nn.Module):
         self._graft(mixers)
 
     def _graft(self, mixers: list[families.Mixer]) -> None:
-        if self.config.injection == "mac":
+        if self._extends_attention:
             self._attention_before = mac.install(self.base_model, mixers)
         width = families.text_width(self.base_model)
         for mixer in mixers:
@@ -87,7 +87,7 @@ class TitansModel(nn.Module):
         """Take the memories out again; returns the base model as it was given to `attach` (LoRA stays in it)."""
         for handle in self._handles:
             handle.remove()
-        if self.config.injection == "mac":
+        if self._extends_attention:
             mac.uninstall(self.base_model, self._attention_before)
         for mixer in families.select_mixers(self.base_model, self.layer_indices):
             delattr(mixer.module, CHILD)
@@ -96,6 +96,10 @@ class TitansModel(nn.Module):
         return self.base_model
 
     # --- parts -------------------------------------------------------------------------------------------------------
+    @property
+    def _extends_attention(self) -> bool:
+        return self.config.injection == "mac" or self.config.persistent_tokens > 0
+
 
     @property
     def memories(self) -> dict[int, GraftedMemory]:
