@@ -26,6 +26,7 @@ from titans_ds.training.optimizer import lr_at
 from titans_ds.training.run_folder import RunFolder
 from titans_ds.training.settings import TrainConfig
 from titans_ds.training.step import Carried, Passes, commit, run_passes
+from titans_ds.zero.heartbeat import on_loss
 
 logger = logging.getLogger("titans_ds")
 _BEFORE = "evaluation/before.json"
@@ -120,6 +121,7 @@ class Trainer:
             TrainingError: losses stayed non-finite for training.nonfinite_limit steps.
         """
         before = signal.signal(signal.SIGTERM, self._on_signal)
+        on_loss(lambda message: self._status("failed", error=message))
         try:
             return self._run()
         except BaseException as error:

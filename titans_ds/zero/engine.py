@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_ds.zero.adamw import SkippableAdamW
+from titans_ds.zero.heartbeat import start_heartbeat
 from titans_ds.zero.start_errors import check_mpi, explain
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -45,6 +46,7 @@ def start_ranks() -> None:
         deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False, distributed_port=port)
     except Exception as error:
         raise explain(error) from error
+    start_heartbeat()
 
 
 def _share_cores() -> None:
