@@ -42,7 +42,7 @@ def footprint(config: TrainConfig, settings: dict[str, Any], world_size: int) ->
         vocab=base.vocab_size,
         rows=max(config.data.num_lanes // world_size, 1),
         segment_tokens=config.segment_tokens,
-        segments_in_graph=config.training.window if config.training.order == "second" else 1,
+        segments_in_graph=config.training.segments_in_graph,
         loss_chunk_tokens=config.training.loss_chunk_tokens,
         bytes_per_value=2 if config.model.dtype == "bfloat16" else 4,
         checkpointing=config.training.checkpointing,

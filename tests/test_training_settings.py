@@ -202,14 +202,16 @@ def test_deepspeed_file_may_not_contradict_the_run(tmp_path: Path) -> None:
     assert json.dumps(fixed)
 
 
-def test_backwards_per_step() -> None:
-    """One per segment at first order, one per window at second."""
-    data, model = DataSettings(corpus="C"), ModelSettings(base="B")
-    first = TrainConfig(model, data, GraftConfig(), training=TrainingSettings(window=3, accumulation=2))
-    second = TrainConfig(
-        model, data, GraftConfig(), training=TrainingSettings(order="second", window=3, accumulation=2)
-    )
-    assert (first.backwards_per_step, second.backwards_per_step) == (6, 2)
+@pytest.mark.parametrize(
+    ("training", "backwards"),
+    [({}, 6), ({"order": "second"}, 8)]
+    + [({"order": "second", "second_order": kind}, 2) for kind in ("window", "through_base")],
+)
+def test_backwards_per_step(training: dict[str, Any], backwards: int) -> None:
+    """One a segment at first order, and one more a window in two phases; one a window in one graph."""
+    settings = TrainingSettings(window=3, accumulation=2, **training)
+    config = TrainConfig(ModelSettings(base="B"), DataSettings(corpus="C"), GraftConfig(), training=settings)
+    assert config.backwards_per_step == backwards
 
 
 def test_learning_rate() -> None:

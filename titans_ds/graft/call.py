@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from titans_ds.memory import Access, LayerState
+from titans_ds.memory import Access, LayerState, Tape
 
 KEYWORD = "titans_call"
 _ACTIVE: contextvars.ContextVar[Call | None] = contextvars.ContextVar("titans_call", default=None)
@@ -34,6 +34,7 @@ class Call:
             step reads with the state that the step before moved on.
         new: by layer, the state it would write; filled by the forward pass (and again by a recomputation).
         stats: by layer, what the write reports.
+        tape: takes what a second phase needs (titans_ds.memory.replay); None without one.
     """
 
     given: dict[int, LayerState] | None = None
@@ -43,6 +44,11 @@ class Call:
     follows: bool = False
     new: dict[int, LayerState] = field(default_factory=dict)
     stats: dict[int, LayerState] = field(default_factory=dict)
+    tape: Tape | None = None
+
+    def access_of(self, index: int, hidden: Tensor) -> Access:
+        """What layer `index` does with these hidden states."""
+        return self.access if self.tape is None else replace(self.access, record=self.tape.record(index, hidden))
 
     def state_of(self, index: int) -> LayerState | None:
         """The state that layer `index` reads, in a dict of its own: ZeRO-3 changes the dicts it meets, in place."""

@@ -101,11 +101,13 @@ class GraftedMemory(nn.Module):
         """What the memory says to this segment.
 
         Returns:
-            signal [B, T, H]: M, or SiLU(RMSNorm(M)) for `mag`, or [B, N, H] for `mac`; s [1]; the state after this
-            segment; stats, each [B].
+            signal [B, T, H]: M, or SiLU(RMSNorm(M)) for `mag`, or [B, N, H] for `mac`; for a replay its answer [1];
+            s [1]; the state after this segment; stats, each [B].
         """
         queries_ND = self.queries if self.injection == "mac" else None
         signal, new_state, stats = self.memory(hidden_BTH, state, mask_BT, reset_B, access, queries_ND)
+        if access.replay is not None:  # the gate gives it a graph where nothing is learned through the writes
+            return signal + 0 * self.gate.to(signal.dtype), self.gate_value(), new_state, stats
         if self.injection == "mag":
             weight = self.read_norm.to(signal.dtype)
             signal = F.silu(F.rms_norm(signal, (signal.shape[-1],), weight, eps=1e-6))
@@ -154,7 +156,8 @@ def before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _consult(grafted: GraftedMemory, hidden: Tensor, call: Call) -> Flight:
     index = grafted.layer_index
-    signal, s, new_state, stats = grafted(hidden, call.state_of(index), call.mask, call.reset, call.access)
+    access = call.access_of(index, hidden)
+    signal, s, new_state, stats = grafted(hidden, call.state_of(index), call.mask, call.reset, access)
     if call.access.write or call.follows:
         call.new[index] = new_state
     call.stats[index] = stats

@@ -25,8 +25,9 @@ from titans_ds.graft import lora as lora_adapters
 from titans_ds.graft.call import KEYWORD, Call, active, bind
 from titans_ds.graft.injection import CHILD, GraftedMemory
 from titans_ds.graft.padding import as_right_padded
+from titans_ds.graft.replay import replay
 from titans_ds.graft.session import MemorySession
-from titans_ds.memory import Access, Controls, LayerState, MemoryState
+from titans_ds.memory import Access, Controls, LayerState, MemoryState, Tape
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ class TitansModel(nn.Module):
         write: bool = True,
         graph: bool = False,
         collect_stats: bool = False,
+        through_base: bool = False,
+        tape: Tape | None = None,
     ) -> MemoryOutput:
         """One segment through the decoder: every grafted layer reads with the given state and computes the next.
 
@@ -180,15 +183,37 @@ class TitansModel(nn.Module):
             write: compute the state after the segment.
             graph: keep the autograd graph of the write (second order).
             collect_stats: gate, inner losses and write norm by layer.
+            through_base: with `graph`, writes see attached hidden states.
+            tape: an empty one, for `replay` once the loss has gone back; reads are cut off from the writes then.
         """
-        access = Access(write=write, graph=graph, stats=collect_stats, controls=self._controls)
+        access = Access(write, graph, collect_stats, self._controls, through_base)
         mask = attention_mask if write_mask is None else write_mask
-        call = None if self._disabled else Call(given=state, reset=reset, mask=mask, access=access)
+        if tape is not None:
+            tape.mask, tape.reset = mask, reset
+        call = None if self._disabled else Call(given=state, reset=reset, mask=mask, access=access, tape=tape)
         extra = {} if call is None else {KEYWORD: call}
         output = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
         if call is None:
             return MemoryOutput(output.last_hidden_state, {} if state is None else state, {})
         return MemoryOutput(output.last_hidden_state, call.new, call.stats)
+
+    def replay(self, tapes: Sequence[Tape], state: dict[int, LayerState] | None, checkpointing: bool = False) -> Tensor:
+        """The second phase of a window of segments: sum <f_W(q), g>, a scalar (titans_ds.memory.replay).
+
+        Args:
+            tapes: of the segments, after their losses went back.
+            state: by layer, before the first of them; None for W_0.
+            checkpointing: keep the graph of one layer's segment at a time.
+
+        Raises:
+            ConfigError: no layer has a memory of its own.
+        """
+        layers = self.memories.items()
+        if not layers:
+            raise ConfigError(
+                "second order in two phases needs memories in the layers; set training.second_order to 'window'"
+            )
+        return torch.cat([replay(m, i, tapes, state, self._controls, checkpointing) for i, m in layers]).sum()
 
     def logits(self, last_hidden: Tensor) -> Tensor:
         """The language-modelling head: [..., H] -> [..., vocabulary]."""

@@ -7,7 +7,7 @@ S = R C slots, d width of a head.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from titans_ds.memory.gates import GateValues, coefficients, log_keeps
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.parts import MemoryParts, Written
 from titans_ds.memory.positions import Positions, last_token
+from titans_ds.memory.replay import Record
 from titans_ds.memory.rule import Controls, Inner, Pairs, pool
 from titans_ds.memory.state import LayerState, choose_rows
 from titans_ds.memory.statistics import write_stats
@@ -33,12 +34,18 @@ class Access:
         graph: keep the autograd graph of the write (second order).
         stats: report inner losses and the write's norm.
         controls: changes for control experiments.
+        through_base: with `graph`, writes see the hidden states attached to the graph that made them.
+        record: first phase of the second order: reads leave their gradient here; see titans_ds.memory.replay.
+        replay: second phase: write a segment's record again, and answer with <f_W(q), g> in place of the reads.
     """
 
     write: bool = False
     graph: bool = False
     stats: bool = False
     controls: Controls = field(default_factory=Controls)
+    through_base: bool = False
+    record: Record | None = None
+    replay: Record | None = None
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """The context that writes run in."""
@@ -68,45 +75,60 @@ class NeuralMemory(MemoryParts):
             queries_ND: read these N queries instead of the tokens', with the weights from before this segment (MAC).
 
         Returns:
-            read [B, T, H] (or [B, N, H]); the state after the write (or the given one, moved on by these tokens where
-            the queries are convolved); stats, each [B]: inner_loss_before, inner_loss_after, write_norm.
+            read [B, T, H] (or [B, N, H]; or the answer [1] of a replay); the state after the write (or the given one,
+            moved on by these tokens where the queries are convolved); stats, each [B]: inner_loss_before,
+            inner_loss_after, write_norm.
         """
-        state = self._start(hidden_BTH, state, reset_B)
+        fresh = state is None
+        state = self._start(hidden_BTH, state, reset_B, access)
         positions = Positions.of(mask_BT, hidden_BTH.shape[0], hidden_BTH.shape[1], hidden_BTH.device)
-        call = _Call(state, positions, unpack(state, self.config), self._inner(state, access.controls), access)
-        if queries_ND is None:
+        call = _Call(state, positions, unpack(state, self.config), self._inner(state, access), access, fresh)
+        if access.replay is not None and access.replay.queries is not None:
+            queries = access.replay.queries
+        elif queries_ND is None:
             queries = self.queries(hidden_BTH, state, positions, access.controls.query == "key")
         else:
             queries = queries_ND.to(hidden_BTH.dtype).expand(hidden_BTH.shape[0], -1, -1)
             queries = features.normalize(queries, self.config.heads, self.config.features)
-        moved = self._moved(hidden_BTH.detach(), call)
+        source_BTH = hidden_BTH if access.through_base else hidden_BTH.detach()
+        moved = self._moved(source_BTH, call)
         if not access.write:
-            return self.output(self._read(queries, call)), state | moved, {}
+            return self._say(self._read(queries, call), queries, access), state | moved, {}
         with access.writing():
-            written = self.written(hidden_BTH.detach(), state, positions)
+            written = self.written(source_BTH, state, positions)
         if self.config.rule.chunk_size is None:
             read, new, stats = self._write_whole(queries, written, call)
         else:
             read, new, stats = self._write_chunks(queries, written, call, by_token=queries_ND is None)
-        return self.output(read), state | moved | new, stats
+        return self._say(read, queries, access), state | moved | new, stats
 
     def initial_state(self, batch_size: int, like_BTH: Tensor) -> LayerState:
         """W_0 for every sample, fp32 (fp64 where it is), no momentum, no tokens before."""
         weights: list[Tensor] = [getattr(self, f"initial_w{level}") for level in range(self.config.depth)]
         return first_state(weights, batch_size, like_BTH, self.config, self.tail_length)
 
-    def _start(self, hidden_BTH: Tensor, state: LayerState | None, reset_B: Tensor | None) -> LayerState:
-        if state is not None and reset_B is None:
-            return dict(state)
-        initial = self.initial_state(hidden_BTH.shape[0], hidden_BTH[:, :1].detach())
-        if state is None or reset_B is None:
-            return initial
-        return {name: choose_rows(reset_B, initial[name].to(given.dtype), given) for name, given in state.items()}
+    def _say(self, read_NTd: Tensor, queries: Tensor, access: Access) -> Tensor:
+        if access.replay is not None:
+            return access.replay.answer(read_NTd)
+        return self.output(read_NTd if access.record is None else access.record.listen(queries, read_NTd))
 
-    def _inner(self, state: LayerState, controls: Controls) -> Inner:
+    def _start(
+        self, hidden_BTH: Tensor, state: LayerState | None, reset_B: Tensor | None, access: Access
+    ) -> LayerState:
+        if state is None:
+            state = self.initial_state(hidden_BTH.shape[0], hidden_BTH[:, :1].detach())
+        elif reset_B is not None:
+            first = self.initial_state(hidden_BTH.shape[0], hidden_BTH[:, :1].detach())
+            state = {name: choose_rows(reset_B, first[name].to(given.dtype), given) for name, given in state.items()}
+        # A recorded read goes back to what wrote the weights, and to W_0, in its second phase only.
+        return dict(state) if access.record is None else {name: t.detach() for name, t in state.items()}
+
+    def _inner(self, state: LayerState, access: Access) -> Inner:
+        controls, form = access.controls, self.form(state["w0"].shape[0])
+        if access.record is not None and form.norm is not None:
+            form = replace(form, norm=(form.norm[0].detach(), form.norm[1].detach()))  # the second phase has it whole
         steps = self.config.inner_steps if controls.inner_steps is None else controls.inner_steps
-        sizes = self.step_sizes(state["w0"]) * controls.sign
-        return Inner(self.config.rule, self.form(state["w0"].shape[0]), sizes, steps)
+        return Inner(self.config.rule, form, self.step_sizes(state["w0"]) * controls.sign, steps)
 
     def _moved(self, hidden_BTH: Tensor, call: _Call) -> LayerState:
         """What tokens leave behind, beside writes."""
@@ -137,7 +159,7 @@ class NeuralMemory(MemoryParts):
     ) -> tuple[Tensor, LayerState, LayerState]:
         """Chunk after chunk of the samples' streams; reads in between, unless the queries are not the tokens'."""
         state, heads = call.state, self.config.heads
-        stream = Stream(call.positions, self.config.rule.chunk_size or 1, state["pending_count"].long())
+        stream = Stream(call.positions, self.config.rule.chunk_size or 1, state["pending_count"].long(), call.fresh)
         with call.access.writing():
             laid, pending = _lay_out(written, state, stream)
             certain = 0 if self.config.token_shift else stream.num_certain
@@ -183,13 +205,14 @@ class NeuralMemory(MemoryParts):
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a memory: the state it was given, its tokens, and the inner problem."""
+    """One call of a memory: the state it was given (fresh: none), its tokens, and the inner problem."""
 
     state: LayerState
     positions: Positions
     fast: Fast
     inner: Inner
     access: Access
+    fresh: bool
 
 
 def _lay_out(written: Written, state: LayerState, stream: Stream) -> tuple[Written, LayerState]:

@@ -23,7 +23,7 @@ class Footprint:
         vocab: its vocabulary.
         rows: lanes of one rank.
         segment_tokens: T.
-        segments_in_graph: segments whose activations live at once: the window at second order, else 1.
+        segments_in_graph: segments whose activations live at once: at second order in one graph the window, else 1.
         loss_chunk_tokens: tokens whose logits exist at a time.
         bytes_per_value: 2 for bfloat16, 4 for float32.
         checkpointing: activations are recomputed.

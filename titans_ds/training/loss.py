@@ -20,7 +20,7 @@ from titans_ds.training.segments import IGNORED
 def token_losses(
     logits: Callable[[Tensor], Tensor], hidden_BTH: Tensor, labels_BT: Tensor, chunk_tokens: int
 ) -> Tensor:
-    """Cross-entropy of every token, fp32 [B, T], in nats; 0 where the label is IGNORED.
+    """Cross-entropy of every token, at least fp32 [B, T], in nats; 0 where the label is IGNORED.
 
     Args:
         logits: language-model head, [N, H] -> [N, V], called through the module's `__call__`.
@@ -36,7 +36,9 @@ def token_losses(
 
 def _chunk(logits: Callable[[Tensor], Tensor], hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
     def loss(hidden: Tensor) -> Tensor:
-        return functional.cross_entropy(logits(hidden).float(), labels_N, ignore_index=IGNORED, reduction="none")
+        scores = logits(hidden)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return functional.cross_entropy(scores, labels_N, ignore_index=IGNORED, reduction="none")
 
     if not torch.is_grad_enabled():
         return loss(hidden_NH)

@@ -6,6 +6,7 @@ Everything that crosses this boundary is a tensor, or a dict of tensors, as ZeRO
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_ds.graft.titans_model import MemoryOutput, TitansModel
-from titans_ds.memory import LayerState
+from titans_ds.memory import LayerState, Tape
 from titans_ds.training.loss import token_losses
 from titans_ds.training.segments import Batch
 
@@ -60,6 +61,7 @@ class Mode:
         graph: keep the graph of the write (second order).
         stats: collect gates, inner losses and write norms.
         lora: false skips LoRA too: without memory, the base model before training.
+        through_base: with `graph`, writes see attached hidden states.
     """
 
     memory: bool = True
@@ -67,6 +69,15 @@ class Mode:
     graph: bool = False
     stats: bool = False
     lora: bool = True
+    through_base: bool = False
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the second phase of a window needs: tapes of its segments, and the states before the first one."""
+
+    tapes: list[Tape]
+    state: States | None
 
 
 @dataclass(frozen=True)
@@ -92,14 +103,23 @@ class TrainingModule(nn.Module):
         self.model = model
         self.loss_chunk_tokens = loss_chunk_tokens
 
-    def forward(
+    def forward(self, *inputs: Any) -> Any:
+        """`segment`; or `replay`, where the one input is a Window. An engine knows a single forward."""
+        return self.replay(inputs[0]) if isinstance(inputs[0], Window) else self.segment(*inputs)
+
+    def replay(self, window: Window) -> Tensor:
+        """The second phase of a window, a scalar whose gradient is missing after the first; see titans_ds.memory."""
+        return cast(TitansModel, self.model).replay(window.tapes, window.state, _recomputes(self.model.base_model))
+
+    def segment(
         self,
         input_ids: Tensor,
         labels: Tensor,
         mask: Tensor,
         reset: Tensor,
         state: States | None,
-        mode: tuple[bool, bool, bool, bool, bool],
+        mode: tuple[bool, ...],
+        tape: Tape | None = None,
     ) -> tuple[Tensor, Tensor, States, States]:
         """One segment per row.
 
@@ -109,24 +129,39 @@ class TrainingModule(nn.Module):
             mask: bool [B, T], true where a token may be written.
             reset: bool [B], true where a row starts from W_0.
             state: by layer; None starts every row from W_0.
-            mode: memory, write, graph, stats, lora; see Mode.
+            mode: the fields of Mode, in order.
+            tape: takes what the second phase needs; None where there is none.
 
         Returns:
             loss sum (scalar), loss by row [B], state after the segment, stats.
         """
-        memory, write, graph, stats, lora = mode
+        wanted = Mode(*mode)
         model = cast(LanguageModel, self.model)
         with contextlib.ExitStack() as ablation:
-            if not memory:
+            if not wanted.memory:
                 ablation.enter_context(cast(TitansModel, self.model).disable_memory())
-            if not lora:
+            if not wanted.lora:
                 ablation.enter_context(cast(TitansModel, self.model).disable_lora())
             # Right padding under causal mixing: no real token sees a padding, so no attention mask is needed.
             output = model.read_write(
-                input_ids, state=state, reset=reset, write_mask=mask, write=write, graph=graph, collect_stats=stats
+                input_ids,
+                state=state,
+                reset=reset,
+                write_mask=mask,
+                write=wanted.write,
+                graph=wanted.graph,
+                collect_stats=wanted.stats,
+                through_base=wanted.through_base,
+                tape=tape,
             )
         row_losses = token_losses(model.logits, output.last_hidden, labels, self.loss_chunk_tokens).sum(dim=1)
         return row_losses.sum(), row_losses, output.state, output.stats
+
+
+def _recomputes(base: nn.Module) -> bool:
+    """Whether activation checkpointing is on, by its name in newer transformers or the older one."""
+    newer = getattr(base, "is_activation_checkpointing", None)
+    return bool(getattr(base, "is_gradient_checkpointing", False) if newer is None else newer)
 
 
 class Runner(Protocol):
@@ -140,13 +175,13 @@ class Runner(Protocol):
         """The module's forward."""
 
 
-def run_segment(engine: Runner, batch: Batch, state: States | None, mode: Mode) -> Outputs:
+def run_segment(engine: Runner, batch: Batch, state: States | None, mode: Mode, tape: Tape | None = None) -> Outputs:
     """Run an engine's TrainingModule on one segment of every lane."""
     arrays = (batch.input_ids, batch.labels, batch.mask, batch.reset)
     tensors = [torch.from_numpy(array).to(engine.device, non_blocking=True) for array in arrays]
     given = None if not state else {index: dict(layer) for index, layer in state.items()}  # ZeRO-3 rewrites dicts
-    flags = (mode.memory, mode.write and mode.memory, mode.graph, mode.stats and mode.memory, mode.lora)
-    return Outputs(*engine(*tensors, given, flags))
+    mode = dataclasses.replace(mode, write=mode.write and mode.memory, stats=mode.stats and mode.memory)
+    return Outputs(*engine(*tensors, given, dataclasses.astuple(mode), *([] if tape is None else [tape])))
 
 
 def detach(state: States) -> States:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from titans_ds.config import GraftConfig, LoraSettings, Order, check_choices, check_trainable
 from titans_ds.errors import ConfigError
 from titans_ds.training.segments import Layout, Reset
+
+SecondOrder = Literal["auto", "two_phase", "window", "through_base"]
+ONE_GRAPH = ("window", "through_base")
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,17 @@ class TrainingSettings:
 
     Args:
         steps: optimizer steps.
-        order: `first` detaches states between segments (one backward each); `second` keeps a window of segments as one
-            graph, so that the loss differentiates through the writes.
+        order: `first` detaches states between segments (one backward each); with `second` the loss differentiates
+            through the writes of a window of segments.
+        second_order: how. `two_phase`: one backward a segment, then one through the writes, done again; the same
+            gradient as `window`, one graph over all segments, at about the memory of first order. `through_base`: one
+            graph, and writes see attached hidden states, so that what made them learns what to write. `auto`:
+            two_phase, but window for graft.injection `prefix`, which is written through the base model anyway.
         window: segments of every lane in a window.
         accumulation: windows in an optimizer step. Accumulation runs along time, in the same lanes.
         checkpointing: recompute the base model's activations in backward (non-reentrant).
+        offload_activations: keep activations in host memory (pinned, for a GPU) until backward; with checkpointing, the
+            layers' inputs.
         reentrant: refused; here to say so.
         loss_chunk_tokens: tokens whose logits exist at a time.
         seed: of everything random.
@@ -127,9 +136,11 @@ class TrainingSettings:
 
     steps: int = 1000
     order: Order = "first"
+    second_order: SecondOrder = "auto"
     window: int = 1
     accumulation: int = 1
     checkpointing: bool = False
+    offload_activations: bool = False
     reentrant: bool = False
     loss_chunk_tokens: int = 1024
     seed: int = 0
@@ -151,6 +162,25 @@ class TrainingSettings:
             "training.order is 'second', but training.window is 1: no read follows a write in a window of one segment, "
             "so the loss can't differentiate through it. Set training.window to 2 or more",
         )
+
+    @property
+    def scheme(self) -> Literal["first", "two_phase", "window", "through_base"]:
+        """What the passes of a window are like."""
+        if self.order == "first":
+            return "first"
+        return "two_phase" if self.second_order == "auto" else self.second_order
+
+    @property
+    def segments_in_graph(self) -> int:
+        """Segments whose base graph is alive at once."""
+        return self.window if self.scheme in ONE_GRAPH else 1
+
+    @property
+    def backwards_per_step(self) -> int:
+        """Backward passes in an optimizer step: one a segment; in one graph one a window; in two phases one more."""
+        if self.scheme in ONE_GRAPH:
+            return self.accumulation
+        return self.accumulation * (self.window + int(self.scheme == "two_phase"))
 
 
 @dataclass(frozen=True)
@@ -266,6 +296,18 @@ class TrainConfig:
         )
         if self.graft is not None:
             check_trainable(self.graft, self.training.order)
+            self._check_second_order(self.graft.injection)
+
+    def _check_second_order(self, injection: str) -> None:
+        if self.training.order == "first" or injection != "prefix":
+            return
+        chosen = self.training.second_order
+        _require(
+            chosen in ("auto", "window"),
+            f"training.second_order is {chosen!r}, but graft.injection 'prefix' is written through the base model; "
+            "set training.second_order to 'window'",
+        )
+        object.__setattr__(self, "training", replace(self.training, second_order="window"))
 
     @property
     def segment_tokens(self) -> int:
@@ -279,8 +321,8 @@ class TrainConfig:
 
     @property
     def backwards_per_step(self) -> int:
-        """Backward passes in an optimizer step: one per segment at first order, one per window at second."""
-        return self.segments_per_step if self.training.order == "first" else self.training.accumulation
+        """Backward passes in an optimizer step."""
+        return self.training.backwards_per_step
 
 
 def _check(settings: Any, section: str) -> None:

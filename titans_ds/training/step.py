@@ -7,6 +7,7 @@ the factor of world_size.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,11 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from titans_ds.memory import MemoryState
+from titans_ds.memory import MemoryState, Tape
 from titans_ds.training.engine import Engine
 from titans_ds.training.lanes import Step
-from titans_ds.training.module import Mode, Outputs, States, detach, run_segment
-from titans_ds.training.settings import TrainingSettings
+from titans_ds.training.module import Mode, Outputs, States, Window, detach, run_segment
+from titans_ds.training.offload import OffloadActivations
+from titans_ds.training.settings import ONE_GRAPH, TrainingSettings
 
 
 class Source(Protocol):
@@ -79,17 +81,16 @@ def run_passes(
         world_size: number of ranks.
         mode: of every forward pass; the order decides about the graph of the writes.
     """
-    mode = dataclasses.replace(mode, graph=settings.order == "second")
+    scheme = settings.scheme
+    mode = dataclasses.replace(mode, graph=scheme in ONE_GRAPH, through_base=scheme == "through_base")
     windows = [[lanes.next() for _ in range(settings.window)] for _ in range(settings.accumulation)]
     _restart_rows(windows[0][0], carried)
     targets = sum(step.total_targets for window in windows for step in window)
     passes = Passes(torch.zeros((), device=engine.device), targets, carried.state)
     for number, window in enumerate(windows):
         last = number == len(windows) - 1
-        if settings.order == "second":
-            _second_order(engine, window, passes, world_size / targets, last, mode)
-        else:
-            _first_order(engine, window, passes, world_size / targets, last, mode)
+        part = _Part(engine, window, passes, world_size / targets, last, mode, settings.offload_activations)
+        _WINDOWS[scheme](part)
     return passes
 
 
@@ -112,23 +113,59 @@ def _restart_rows(step: Step, carried: Carried) -> None:
         step.batch.reset[:] |= carried.restart.cpu().numpy()
 
 
-def _first_order(engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, mode: Mode) -> None:
-    for number, step in enumerate(window):
-        outputs = run_segment(engine, step.batch, passes.state, mode)
-        engine.backward(outputs.loss_sum * scale, last=last and number == len(window) - 1)
-        _note(passes, step, outputs)
-        passes.state = detach(outputs.state)
+@dataclass(frozen=True)
+class _Part:
+    """One window of an optimizer step, and what its passes are like."""
+
+    engine: Engine
+    window: list[Step]
+    passes: Passes
+    scale: float
+    last: bool
+    mode: Mode
+    offload: bool
+
+    def keeping(self) -> contextlib.AbstractContextManager[object]:
+        """The context of forward passes: where the graph keeps its tensors."""
+        return OffloadActivations(self.engine.module) if self.offload else contextlib.nullcontext()
+
+    def forward(self, step: Step, tape: Tape | None = None) -> Outputs:
+        """One segment, from the state so far to the next."""
+        with self.keeping():
+            outputs = run_segment(self.engine, step.batch, self.passes.state, self.mode, tape)
+        _note(self.passes, step, outputs)
+        self.passes.state = outputs.state
+        return outputs
 
 
-def _second_order(engine: Engine, window: list[Step], passes: Passes, scale: float, last: bool, mode: Mode) -> None:
-    loss = torch.zeros((), device=engine.device)
-    for step in window:
-        outputs = run_segment(engine, step.batch, passes.state, mode)
-        loss = loss + outputs.loss_sum
-        _note(passes, step, outputs)
-        passes.state = outputs.state
-    engine.backward(loss * scale, last=last)
-    passes.state = detach(passes.state or {})
+def _first_order(part: _Part) -> None:
+    for number, step in enumerate(part.window):
+        loss_sum = part.forward(step).loss_sum
+        part.engine.backward(loss_sum * part.scale, last=part.last and number == len(part.window) - 1)
+        part.passes.state = detach(part.passes.state or {})
+
+
+def _one_graph(part: _Part) -> None:
+    """Second order, one backward pass through the window; with mode.through_base through the base model, too."""
+    loss = torch.zeros((), device=part.engine.device)
+    for step in part.window:
+        loss = loss + part.forward(step).loss_sum
+    part.engine.backward(loss * part.scale, last=part.last)
+    part.passes.state = detach(part.passes.state or {})
+
+
+def _two_phase(part: _Part) -> None:
+    """Second order, one backward pass a segment and one through the writes: see titans_ds.memory.replay."""
+    start, tapes = part.passes.state, [Tape() for _ in part.window]
+    for step, tape in zip(part.window, tapes, strict=True):
+        part.engine.backward(part.forward(step, tape).loss_sum * part.scale, last=False)
+        part.passes.state = detach(part.passes.state or {})
+    with part.keeping():
+        through_writes = part.engine(Window(tapes, start))
+    part.engine.backward(through_writes, last=part.last)
+
+
+_WINDOWS = {"first": _first_order, "two_phase": _two_phase, "window": _one_graph, "through_base": _one_graph}
 
 
 def _note(passes: Passes, step: Step, outputs: Outputs) -> None:

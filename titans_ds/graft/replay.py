@@ -1,0 +1,47 @@
+"""The second phase of second-order training, for one layer: see titans_ds.memory.replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from titans_ds.graft.injection import GraftedMemory
+from titans_ds.memory import Access, Controls, LayerState, Tape
+
+
+def replay(
+    grafted: GraftedMemory,
+    index: int,
+    tapes: Sequence[Tape],
+    state: dict[int, LayerState] | None,
+    controls: Controls,
+    checkpointing: bool,
+) -> Tensor:
+    """<f_W(q), g> summed over a window's segments, [1], with the graph of the writes.
+
+    Args:
+        grafted: the layer's memory.
+        index: of the layer.
+        tapes: of the segments.
+        state: by layer, before the first segment; None for W_0.
+        controls: as in the first phase.
+        checkpointing: write each segment a third time in the backward pass, instead of keeping its graph.
+    """
+    chunked = grafted.memory.config.rule.chunk_size is not None
+    answers, layer = [], None if state is None else dict(state[index])
+    for number, tape in enumerate(tapes):
+        # Without chunks no read follows the last write.
+        write = chunked or number < len(tapes) - 1
+        record = tape.records[index]
+        access = Access(write=write, graph=True, controls=controls, replay=record)
+        inputs = (record.hidden, layer, tape.mask, tape.reset, access)
+        if checkpointing:
+            outputs = checkpoint(grafted, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            outputs = grafted(*inputs)
+        answers.append(outputs[0])
+        layer = dict(outputs[2])
+    return torch.cat(answers)
