@@ -15,10 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from titans_ds.memory import network
+from titans_ds.memory import kernels, network
 from titans_ds.memory.gates import Coefficients
+from titans_ds.memory.kernels.span import run_span
 from titans_ds.memory.network import Terms
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.positions import Positions, take
@@ -33,11 +35,13 @@ class Stream:
         positions: which tokens are written.
         chunk_size: C.
         pending_B: tokens carried of each sample's unfinished chunk, 0 to C - 1.
+        fresh: nothing is carried by any sample, known without asking the device.
     """
 
     positions: Positions
     chunk_size: int
     pending_B: Tensor
+    fresh: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -45,8 +49,15 @@ class Stream:
         return self.positions.mask_BT.shape[1]
 
     @property
+    def aligned(self) -> bool:
+        """Whether slot and position are the same: nothing is carried, and every token is written."""
+        return self.fresh and self.positions.all_written
+
+    @property
     def num_reads(self) -> int:
         """Chunks R that a token of this call can be in, whatever is pending (known without asking the device)."""
+        if self.fresh:
+            return self.num_writes
         return (self.num_tokens + self.chunk_size - 2) // self.chunk_size + 1
 
     @property
@@ -77,6 +88,8 @@ class Stream:
 
     def lay_out(self, pending: Tensor | None, new_BTD: Tensor) -> Tensor:
         """Carried tokens (zeros where None) and new ones by slot, [B, S, D]; zeros where there is none."""
+        if self.aligned:
+            return _padded(new_BTD, self.num_reads * self.chunk_size)
         if pending is None:
             pending = new_BTD.new_zeros(new_BTD.shape[0], self.chunk_size - 1, new_BTD.shape[-1])
         slots = self._slots()
@@ -88,6 +101,9 @@ class Stream:
 
     def left_over(self, laid_BSD: Tensor) -> Tensor:
         """The unfinished chunk's tokens after this call, [B, C - 1, D], zeros where there is none."""
+        if self.aligned:
+            start = self.num_tokens // self.chunk_size * self.chunk_size
+            return _padded(laid_BSD[:, start : self.num_tokens], self.chunk_size - 1)
         start_B = self.total_B // self.chunk_size * self.chunk_size
         index = start_B.unsqueeze(1) + torch.arange(self.chunk_size - 1, device=start_B.device)
         kept = take(laid_BSD, index.clamp(max=laid_BSD.shape[1] - 1))
@@ -95,12 +111,18 @@ class Stream:
 
     def gather(self, laid_BSD: Tensor) -> Tensor:
         """By slot back to by position: [B, T, D]; meaningless where a token is not written."""
+        if self.aligned:
+            return laid_BSD[:, : self.num_tokens]
         index = self.pending_B.unsqueeze(1) + self.positions.before_BT
         return take(laid_BSD, index.clamp(max=laid_BSD.shape[1] - 1))
 
     def _slots(self) -> Tensor:
         size = self.num_reads * self.chunk_size
         return torch.arange(size, device=self.pending_B.device).expand(self.pending_B.shape[0], -1)
+
+
+def _padded(x_BTD: Tensor, length: int) -> Tensor:
+    return F.pad(x_BTD, (0, 0, 0, length - x_BTD.shape[1])) if length > x_BTD.shape[1] else x_BTD
 
 
 @dataclass(frozen=True)
@@ -148,6 +170,10 @@ def run(
     Returns:
         reads [N, R, C, D] (or None), and the fast weights after the last finished chunk.
     """
+    if kernels.spans(fast, inner):
+        with writing():
+            graph = torch.is_grad_enabled()
+        return run_span(fast, work.pairs, work.coefficients, work.finished_NR, inner, queries_NRCD, graph)
     reads: list[Tensor] = []
     with writing():
         parts = _at_start(fast, work, inner) if inner.rule.chunk_semantics == "span" else None

@@ -68,7 +68,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Ten
 def forward(weights: Weights, x_BTI: Tensor, form: Form) -> Tensor:
     """f_W(x): [B, T, I] -> [B, T, D], each sample through its own weights, products in the dtype of x."""
     outputs, _ = _trace(_cast(weights, x_BTI), x_BTI, form)
-    return _finish(outputs[-1], x_BTI, form)
+    return finish(outputs[-1], x_BTI, form)
 
 
 def terms(
@@ -78,7 +78,7 @@ def terms(
     weights = _cast(weights, keys_BTD)
     outputs, inputs = _trace(weights, keys_BTD, form)
     derivative = _ACTIVATIONS[form.activation][1]
-    delta_BTO = _loss_derivative(_finish(outputs[-1], keys_BTD, form), values_BTD, form)
+    delta_BTO = _loss_derivative(finish(outputs[-1], keys_BTD, form), values_BTD, form)
     if token_weights_BT is not None:
         delta_BTO = delta_BTO * token_weights_BT.unsqueeze(-1).to(delta_BTO.dtype)
     if form.norm is not None:
@@ -155,7 +155,8 @@ def _scaled(x: Tensor, form: Form) -> Tensor:
     return x if form.hidden_scale == 1.0 else x * form.hidden_scale
 
 
-def _finish(z_BTD: Tensor, x_BTD: Tensor, form: Form) -> Tensor:
+def finish(z_BTD: Tensor, x_BTD: Tensor, form: Form) -> Tensor:
+    """f_W(x) from the last matrix's output z: both [B, T, D]."""
     if form.norm is None:
         return z_BTD
     scale, bias = (t.to(z_BTD.dtype) for t in form.norm)
