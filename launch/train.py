@@ -71,9 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop_ranks()
         return 2
     except RuntimeError as error:
-        if not (ranks.distributed() and lost_contact(error)):
+        lost = lost_contact(error) if ranks.distributed() else None
+        if lost is None:
             raise
-        say_lost(f"rank {ranks.rank()} on {socket.gethostname()} lost contact with another rank ({first_line(error)})")
+        say_lost(lost)
         leave_at_once(LOST)
         return LOST
 
@@ -260,11 +261,6 @@ def leave_at_once(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 if __name__ == "__main__":

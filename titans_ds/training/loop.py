@@ -71,7 +71,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its last evaluation, and whether SIGTERM stopped it early."""
+    """How a run ended: its last evaluation, and whether SIGTERM or RUN/stop stopped it early."""
 
     evaluation: Evaluation | None
     stopped: bool
@@ -115,7 +115,7 @@ class Trainer:
         self._stop, self._unsaved = False, ""
 
     def run(self) -> Outcome:
-        """Train to the end, or to SIGTERM; evaluate at intervals; save.
+        """Train to the end, or to SIGTERM or a file RUN/stop; evaluate at intervals; save.
 
         Raises:
             TrainingError: losses stayed non-finite for training.nonfinite_limit steps.
@@ -209,7 +209,8 @@ class Trainer:
     def _agree(self, passes: Passes, finite_state: bool) -> Verdict:
         """The step's loss, and what any rank found wrong or was asked: one all-reduce."""
         finite = bool(torch.isfinite(passes.loss_sum))
-        own = [float(passes.loss_sum) if finite else 0.0, float(not finite), float(not finite_state), float(self._stop)]
+        stop = self._stop or (self.folder is not None and self.folder.asked_to_stop)
+        own = [float(passes.loss_sum) if finite else 0.0, float(not finite), float(not finite_state), float(stop)]
         total = ranks.sum_over(torch.tensor(own, device=self.engine.device)).tolist()
         loss = float("nan") if total[1] else total[0] / passes.targets
         return Verdict(loss, total[1] == 0, total[2] == 0, total[3] > 0)

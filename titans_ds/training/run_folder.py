@@ -17,13 +17,14 @@ import torch
 from titans_ds.errors import ConfigError
 
 _PACKAGES = ("titans-ds", "torch", "transformers", "deepspeed", "safetensors", "numpy")
+STOP = "stop"  # a file of this name asks the run to save and end
 _README = """# A run of titans-ds
 
 `config.yaml` is the whole configuration; `launch/train.py --config config.yaml --run.dir NEW` runs it again.
 `status.json` says how the run stands, `versions.json` what it ran on. `metrics.jsonl` has one line per logged step and
 per evaluation (losses in nats a token); `tensorboard/` the same as curves. `evaluation/` has the losses by repository.
-`checkpoints/` is what the run goes on from with `--resume auto`. `adapter/` is the trained memory:
-`titans_ds.TitansModel.from_pretrained(BASE, "adapter")`. `model/` is there where the base model was trained, too.
+`checkpoints/` is what the run goes on from with `--resume auto`. A file `stop` made here ends it after a checkpoint.
+`adapter/` is the trained memory: `titans_ds.TitansModel.from_pretrained(BASE, "adapter")`. `model/` is there where the base model was trained, too.
 """
 
 
@@ -71,10 +72,16 @@ class RunFolder:
             evaluate_again: the evaluation of this step is made anew.
         """
         run = cls(Path(path))
+        (run.path / STOP).unlink(missing_ok=True)
         run._cut_metrics(step, evaluate_again)
         run.status("running", step=step)
         run._describe(config_yaml)
         return run
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether somebody made a file `stop` in the folder: a signal for launchers that pass none on."""
+        return (self.path / STOP).exists()
 
     @property
     def unfinished(self) -> bool:

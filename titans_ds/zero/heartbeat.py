@@ -10,6 +10,7 @@ another for the limit says so on stderr and ends its process; the launcher does 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -191,7 +192,11 @@ def say_lost(what: str, last_words: Callable[[str], None] | None = None) -> None
     sys.stdout.flush()
 
 
-def lost_contact(error: BaseException) -> bool:
-    """Whether an error of a collective says that another rank is gone, or can't be reached any more."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in text)
+def lost_contact(error: BaseException) -> str | None:
+    """What an error of a collective says, if it is that another rank is gone, or can't be reached any more."""
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if not isinstance(error, dist.DistError) and "gloo/transport" not in text:
+        return None
+    here = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
+    text = re.sub(r"^\[\S+:\d+\]\s*", "", text).split(". This is typically", maxsplit=1)[0]
+    return f"{here} lost contact with another rank ({text})"
