@@ -47,7 +47,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, str]:
         _check_file(path, known)
     try:
         namespace = parser.parse_args(_with_run_dir(arguments))
-        text = parser.dump(namespace)
+        text = parser.dump(namespace, skip_none=False)  # null is a value: of deepspeed not the default
         values = parser.instantiate(namespace)
     except TitansError:
         raise
