@@ -100,14 +100,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both kinds of step, alternating; the ratio of medians and of peaks."""
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     config = _config(arguments)
-    engine = _engine(config, device)
+    engine = make_engine(config, device)
     lanes = RandomLanes(arguments.lanes, arguments.tokens, build.vocabulary_of(engine.module.model.base_model))
     carried = {True: Carried(), False: Carried()}
     measured = {True: Measured(), False: Measured()}
     for step in range(arguments.warmup + arguments.steps):
         for write in (True, False):
-            seconds, peak = one_step(engine, lanes, carried[write], config.training, write, device)
-            measured[write].peak_bytes = max(measured[write].peak_bytes, peak if step >= arguments.warmup else 0)
+            seconds, most = one_step(engine, lanes, carried[write], config.training, write, device)
+            measured[write].peak_bytes = max(measured[write].peak_bytes, most if step >= arguments.warmup else 0)
             measured[write].seconds += [seconds] * (step >= arguments.warmup)
     return _report(arguments, engine.module, measured, device)
 
@@ -122,12 +122,12 @@ def one_step(
 ) -> tuple[float, int]:
     """One optimizer step: its seconds, and the peak memory in bytes."""
     gc.collect()
-    _reset_peak(device)
-    start = _now(device)
+    reset_peak(device)
+    start = now(device)
     passes = run_passes(engine, lanes, carried, settings, 1, Mode(write=write))
     commit(passes, carried)
     engine.step(1e-4, skip=False)
-    return _now(device) - start, _peak(device)
+    return now(device) - start, peak(device)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -178,15 +178,17 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
     )
 
 
-def _engine(config: TrainConfig, device: torch.device) -> TorchEngine:
+def make_engine(config: TrainConfig, device: torch.device) -> TorchEngine:
+    """Base, graft and optimizer on a device; random weights are drawn there."""
     vocab_size = int((config.model.architecture or {}).get("vocab_size", 0))
-    with device:  # random weights are drawn where they stay
-        base = _base(config, vocab_size)
+    with device:
+        base = load_base(config, vocab_size)
     module = build.make_module(base.to(device), config).to(device)
     return TorchEngine(module, make_optimizer(module, OptimizerSettings()), 1.0, device)
 
 
-def _base(config: TrainConfig, vocab_size: int) -> nn.Module:
+def load_base(config: TrainConfig, vocab_size: int) -> nn.Module:
+    """The base model; of random weights with the vocabulary of its architecture where 0 is given."""
     if vocab_size or config.model.base:
         return build.load_base(config.model, 0, vocab_size)
     from transformers import AutoConfig
@@ -236,20 +238,23 @@ def _figures(measured: Measured, tokens: int) -> dict[str, Any]:
     }
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """Forget the most memory held so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak of this process's memory
 
 
-def _peak(device: torch.device) -> int:
+def peak(device: torch.device) -> int:
+    """The most memory held since `reset_peak`, in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform != "linux":

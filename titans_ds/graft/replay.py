@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from titans_ds.graft.injection import GraftedMemory
-from titans_ds.memory import Access, Controls, LayerState, Tape
+from titans_ds.memory import Access, LayerState, Tape
 
 
 def replay(
@@ -17,7 +18,7 @@ def replay(
     index: int,
     tapes: Sequence[Tape],
     state: dict[int, LayerState] | None,
-    controls: Controls,
+    access: Access,
     checkpointing: bool,
 ) -> Tensor:
     """<f_W(q), g> summed over a window's segments, [1], with the graph of the writes.
@@ -27,7 +28,7 @@ def replay(
         index: of the layer.
         tapes: of the segments.
         state: by layer, before the first segment; None for W_0.
-        controls: as in the first phase.
+        access: what every segment's call has in common.
         checkpointing: write each segment a third time in the backward pass, instead of keeping its graph.
     """
     chunked = grafted.memory.config.rule.chunk_size is not None
@@ -36,8 +37,7 @@ def replay(
         # Without chunks no read follows the last write.
         write = chunked or number < len(tapes) - 1
         record = tape.records[index]
-        access = Access(write=write, graph=True, controls=controls, replay=record)
-        inputs = (record.hidden, layer, tape.mask, tape.reset, access)
+        inputs = (record.hidden, layer, tape.mask, tape.reset, replace(access, write=write, replay=record))
         if checkpointing:
             outputs = checkpoint(grafted, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -170,6 +170,7 @@ class TitansModel(nn.Module):
         graph: bool = False,
         collect_stats: bool = False,
         through_base: bool = False,
+        derived: bool = True,
         tape: Tape | None = None,
     ) -> MemoryOutput:
         """One segment through the decoder: every grafted layer reads with the given state and computes the next.
@@ -184,9 +185,10 @@ class TitansModel(nn.Module):
             graph: keep the autograd graph of the write (second order).
             collect_stats: gate, inner losses and write norm by layer.
             through_base: with `graph`, writes see attached hidden states.
+            derived: with `graph`, take the hand-derived backward of the write, where there is one.
             tape: an empty one, for `replay` once the loss has gone back; reads are cut off from the writes then.
         """
-        access = Access(write, graph, collect_stats, self._controls, through_base)
+        access = Access(write, graph, collect_stats, self._controls, through_base, derived)
         mask = attention_mask if write_mask is None else write_mask
         if tape is not None:
             tape.mask, tape.reset = mask, reset
@@ -197,13 +199,20 @@ class TitansModel(nn.Module):
             return MemoryOutput(output.last_hidden_state, {} if state is None else state, {})
         return MemoryOutput(output.last_hidden_state, call.new, call.stats)
 
-    def replay(self, tapes: Sequence[Tape], state: dict[int, LayerState] | None, checkpointing: bool = False) -> Tensor:
+    def replay(
+        self,
+        tapes: Sequence[Tape],
+        state: dict[int, LayerState] | None,
+        checkpointing: bool = False,
+        derived: bool = True,
+    ) -> Tensor:
         """The second phase of a window of segments: sum <f_W(q), g>, a scalar (titans_ds.memory.replay).
 
         Args:
             tapes: of the segments, after their losses went back.
             state: by layer, before the first of them; None for W_0.
             checkpointing: keep the graph of one layer's segment at a time.
+            derived: as in `read_write`.
 
         Raises:
             ConfigError: no layer has a memory of its own.
@@ -213,7 +222,8 @@ class TitansModel(nn.Module):
             raise ConfigError(
                 "second order in two phases needs memories in the layers; set training.second_order to 'window'"
             )
-        return torch.cat([replay(m, i, tapes, state, self._controls, checkpointing) for i, m in layers]).sum()
+        access = Access(graph=True, controls=self._controls, derived=derived)
+        return torch.cat([replay(m, i, tapes, state, access, checkpointing) for i, m in layers]).sum()
 
     def logits(self, last_hidden: Tensor) -> Tensor:
         """The language-modelling head: [..., H] -> [..., vocabulary]."""

@@ -35,6 +35,7 @@ class Access:
         stats: report inner losses and the write's norm.
         controls: changes for control experiments.
         through_base: with `graph`, writes see the hidden states attached to the graph that made them.
+        derived: with `graph`, take the hand-derived backward of the write, where there is one.
         record: first phase of the second order: reads leave their gradient here; see titans_ds.memory.replay.
         replay: second phase: write a segment's record again, and answer with <f_W(q), g> in place of the reads.
     """
@@ -44,6 +45,7 @@ class Access:
     stats: bool = False
     controls: Controls = field(default_factory=Controls)
     through_base: bool = False
+    derived: bool = True
     record: Record | None = None
     replay: Record | None = None
 
@@ -128,7 +130,8 @@ class NeuralMemory(MemoryParts):
         if access.record is not None and form.norm is not None:
             form = replace(form, norm=(form.norm[0].detach(), form.norm[1].detach()))  # the second phase has it whole
         steps = self.config.inner_steps if controls.inner_steps is None else controls.inner_steps
-        return Inner(self.config.rule, form, self.step_sizes(state["w0"]) * controls.sign, steps)
+        sizes = self.step_sizes(state["w0"]) * controls.sign
+        return Inner(self.config.rule, form, sizes, steps, access.derived)
 
     def _moved(self, hidden_BTH: Tensor, call: _Call) -> LayerState:
         """What tokens leave behind, beside writes."""

@@ -54,12 +54,14 @@ class Inner:
         form: of f_W and its loss.
         step_sizes: theta of each matrix [depth], in the dtype of the fast weights; negative under the sign flip.
         inner_steps: K.
+        derived: where writes have a graph, go back by hand (titans_ds.memory.write_function), if the rule allows it.
     """
 
     rule: RuleConfig
     form: Form
     step_sizes: Tensor
     inner_steps: int
+    derived: bool = True
 
     def __post_init__(self) -> None:
         once = self.rule.acts_per_token or self.rule.chunk_semantics != "chunk"

@@ -62,6 +62,7 @@ class Mode:
         stats: collect gates, inner losses and write norms.
         lora: false skips LoRA too: without memory, the base model before training.
         through_base: with `graph`, writes see attached hidden states.
+        derived: take the hand-derived backward of the write, where there is one.
     """
 
     memory: bool = True
@@ -70,14 +71,17 @@ class Mode:
     stats: bool = False
     lora: bool = True
     through_base: bool = False
+    derived: bool = True
 
 
 @dataclass(frozen=True)
 class Window:
-    """What the second phase of a window needs: tapes of its segments, and the states before the first one."""
+    """What the second phase of a window needs: tapes of its segments, the states before the first one, and `derived`
+    of Mode."""
 
     tapes: list[Tape]
     state: States | None
+    derived: bool = True
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ class TrainingModule(nn.Module):
 
     def replay(self, window: Window) -> Tensor:
         """The second phase of a window, a scalar whose gradient is missing after the first; see titans_ds.memory."""
-        return cast(TitansModel, self.model).replay(window.tapes, window.state, _recomputes(self.model.base_model))
+        checkpointing = _recomputes(self.model.base_model)
+        return cast(TitansModel, self.model).replay(window.tapes, window.state, checkpointing, window.derived)
 
     def segment(
         self,
@@ -152,6 +157,7 @@ class TrainingModule(nn.Module):
                 graph=wanted.graph,
                 collect_stats=wanted.stats,
                 through_base=wanted.through_base,
+                derived=wanted.derived,
                 tape=tape,
             )
         row_losses = token_losses(model.logits, output.last_hidden, labels, self.loss_chunk_tokens).sum(dim=1)

@@ -121,7 +121,10 @@ class TrainingSettings:
         second_order: how. `two_phase`: one backward a segment, then one through the writes, done again; the same
             gradient as `window`, one graph over all segments, at about the memory of first order. `through_base`: one
             graph, and writes see attached hidden states, so that what made them learns what to write. `auto`:
-            two_phase, but window for graft.injection `prefix`, which is written through the base model anyway.
+            two_phase, but through_base for graft.injection `prefix` (where `window` takes the inner gradient as given).
+        write_backward: how second order goes back through a write: `derived`, by hand, keeping what it wrote and not
+            how; or `autograd`, through the graph of the inner step. titans_ds.memory.write_function says which rules
+            have the first; the others take the second.
         window: segments of every lane in a window.
         accumulation: windows in an optimizer step. Accumulation runs along time, in the same lanes.
         checkpointing: recompute the base model's activations in backward (non-reentrant).
@@ -137,6 +140,7 @@ class TrainingSettings:
     steps: int = 1000
     order: Order = "first"
     second_order: SecondOrder = "auto"
+    write_backward: Literal["derived", "autograd"] = "derived"
     window: int = 1
     accumulation: int = 1
     checkpointing: bool = False
@@ -303,11 +307,12 @@ class TrainConfig:
             return
         chosen = self.training.second_order
         _require(
-            chosen in ("auto", "window"),
-            f"training.second_order is {chosen!r}, but graft.injection 'prefix' is written through the base model; "
-            "set training.second_order to 'window'",
+            chosen != "two_phase",
+            "training.second_order is 'two_phase', but graft.injection 'prefix' is written through the base model; set "
+            "training.second_order to 'through_base', or to 'window', which takes the inner gradient as given",
         )
-        object.__setattr__(self, "training", replace(self.training, second_order="window"))
+        if chosen == "auto":
+            object.__setattr__(self, "training", replace(self.training, second_order="through_base"))
 
     @property
     def segment_tokens(self) -> int:

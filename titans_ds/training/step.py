@@ -82,7 +82,12 @@ def run_passes(
         mode: of every forward pass; the order decides about the graph of the writes.
     """
     scheme = settings.scheme
-    mode = dataclasses.replace(mode, graph=scheme in ONE_GRAPH, through_base=scheme == "through_base")
+    mode = dataclasses.replace(
+        mode,
+        graph=scheme in ONE_GRAPH,
+        through_base=scheme == "through_base",
+        derived=settings.write_backward == "derived",
+    )
     windows = [[lanes.next() for _ in range(settings.window)] for _ in range(settings.accumulation)]
     _restart_rows(windows[0][0], carried)
     targets = sum(step.total_targets for window in windows for step in window)
@@ -161,7 +166,7 @@ def _two_phase(part: _Part) -> None:
         part.engine.backward(part.forward(step, tape).loss_sum * part.scale, last=False)
         part.passes.state = detach(part.passes.state or {})
     with part.keeping():
-        through_writes = part.engine(Window(tapes, start))
+        through_writes = part.engine(Window(tapes, start, part.mode.derived))
     part.engine.backward(through_writes, last=part.last)
 
 
