@@ -64,6 +64,8 @@ def _graft_size(config: TrainConfig, base: Any) -> int:
     """Trained parameters of memories on every layer: key, value, query and output maps, and two fast matrices."""
     if config.graft is None:
         return 0
+    if config.graft.injection == "prefix":
+        return int(config.graft.prefix.tokens * base.hidden_size)
     dim = config.graft.memory.dim
     return int(base.num_hidden_layers * (4 * base.hidden_size * dim + 2 * dim * dim))
 

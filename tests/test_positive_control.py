@@ -210,7 +210,8 @@ def test_every_control_has_a_file_that_loads_and_a_model_that_can_be_made() -> N
         name = path.stem.split("-")[0]
         config = load_control(name, {}, path)
         task = make_task(config.task, config.task_options)
-        assert models.with_memory(config, task.vocab_size, 0, CPU).module.model.layer_indices == config.graft.layers
+        layers = models.with_memory(config, task.vocab_size, 0, CPU).module.model.layer_indices
+        assert layers == ([0, 1, 2, 3] if config.graft.layers == "attention" else config.graft.layers)
         models.with_full_context(config, task.vocab_size, 0, CPU)
 
 
@@ -235,6 +236,18 @@ def test_second_order_trains_every_part_of_the_memory() -> None:
     before = {name: p.detach().clone() for name, p in engine.module.named_parameters() if p.requires_grad}
     ControlTrainer(engine, task, config, 0).run()
     assert [n for n, p in engine.module.named_parameters() if n in before and torch.equal(p, before[n])] == []
+
+
+def test_a_prefix_memory_trains_through_its_writes_and_answers_in_every_arm() -> None:
+    small = {name: value for name, value in TINY.items() if not name.startswith("graft")}
+    config = load_control("kv_recall", small, CONFIGS / "kv_recall-gradmem.yaml")
+    task = make_task("kv_recall", config.task_options)
+    engine = models.with_memory(config, task.vocab_size, 0, CPU)
+    before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    ControlTrainer(engine, task, config, 0).run()
+    assert [n for n, p in engine.module.named_parameters() if torch.equal(p, before[n])] == []
+    losses = {arm: answers.loss for arm, answers in measure(engine, task, 4, 4, seed=0).items()}
+    assert len(losses) == len(set(losses.values())) == 5, "every arm sees something else"
 
 
 def test_arms_of_a_row_do_not_depend_on_the_others_but_for_the_wrong_memory() -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "LoraSettings",
     "MemoryConfig",
     "Order",
+    "PrefixConfig",
     "RuleConfig",
     "check_choices",
     "check_trainable",
@@ -53,6 +54,36 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class PrefixConfig:
+    """A GradMem-style memory (arXiv 2603.13875): prefix vectors written through the base model (titans_ds.graft.prefix).
+
+    Args:
+        tokens: N vectors of the model's width, the memory of a sample.
+        inner_steps: gradient steps K on each segment.
+        step_size: theta.
+        learn_step_size: one learned step size per inner step (kept positive), starting from step_size.
+        learn_initial: train the prefix that a new repository starts from.
+        initial_std: standard deviation of that prefix; about that of the base model's embeddings.
+        seed: of the initial prefix.
+    """
+
+    tokens: int = 8
+    inner_steps: int = 2
+    step_size: float = 1.0
+    learn_step_size: bool = False
+    learn_initial: bool = True
+    initial_std: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("tokens", "inner_steps"):
+            require(getattr(self, name) >= 1, f"prefix.{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("step_size", "initial_std"):
+            require(getattr(self, name) > 0, f"prefix.{name} is {getattr(self, name)}; it must be above 0")
+
+
+@dataclass(frozen=True)
 class GraftConfig:
     """Where memories sit in the base model and how their reads enter it.
 
@@ -60,7 +91,8 @@ class GraftConfig:
         layers: `attention` (every full-attention layer), or a list of layer indices (DeltaNet layers too).
         injection: with M = P_o f_W(q): `additive` Attn(h) + s M; `mag` Attn(h) + s (SiLU(RMSNorm(M)) * Attn(h)); `mal`
             Attn(h + s M); `mac` memory_tokens reads f_W(q_1) … f_W(q_N) as extra keys and values of the attention, with
-            log s added to their attention logits.
+            log s added to their attention logits; `prefix` no f_W at all, but `prefix.tokens` vectors in front of the
+            text, written through the base model: `memory`, gates and tokens below do not apply.
         memory_tokens: N, for `mac`: read with N learned queries.
         persistent_tokens: learned tokens that do not depend on the input, as extra keys and values of each grafted
             attention layer (Titans, arXiv 2501.00663, section 3.3), beside any injection; 0 for none.
@@ -70,10 +102,11 @@ class GraftConfig:
             f + (1 - f) sigmoid(g).
         segment_tokens: a file is read and written in segments of this many tokens.
         memory: the memory of each of these layers.
+        prefix: for `prefix`; seen by the attention layers that `layers` names.
     """
 
     layers: list[int] | Literal["attention"] = "attention"
-    injection: Literal["additive", "mac", "mag", "mal"] = "additive"
+    injection: Literal["additive", "mac", "mag", "mal", "prefix"] = "additive"
     memory_tokens: int = 8
     persistent_tokens: int = 0
     gate_init: float = 0.0
@@ -81,6 +114,7 @@ class GraftConfig:
     gate_floor_mode: Literal["clamp", "affine"] = "affine"
     segment_tokens: int = 2048
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -88,6 +122,10 @@ class GraftConfig:
         require(self.memory_tokens >= 1, f"memory_tokens is {self.memory_tokens}; it must be 1 or more")
         require(self.persistent_tokens >= 0, f"persistent_tokens is {self.persistent_tokens}; it must not be negative")
         require(self.segment_tokens >= 1, f"segment_tokens is {self.segment_tokens}; it must be 1 or more")
+        require(
+            self.injection != "prefix" or self.persistent_tokens == 0,
+            "injection 'prefix' has no persistent_tokens (its learned initial prefix is one); set persistent_tokens to 0",
+        )
         if isinstance(self.layers, list):
             require(len(self.layers) > 0, "layers is an empty list; name at least one layer, or use 'attention'")
             require(len(set(self.layers)) == len(self.layers), f"layers {self.layers} names a layer twice")
@@ -118,10 +156,14 @@ def check_trainable(config: GraftConfig, order: Order) -> None:
     """
     if order == "second":
         return
-    for name, reason in needs_second_order(config.memory).items():
+    asked = {f"memory.{name}": reason for name, reason in needs_second_order(config.memory).items()}
+    if config.injection == "prefix":
+        sizes = {"prefix.learn_step_size": "the step size acts only through later reads"}
+        asked = sizes if config.prefix.learn_step_size else {}
+    for name, reason in asked.items():
         require(
             False,
-            f"memory.{name} is learned, but first-order training gives it no gradient ({reason}, "
+            f"{name} is learned, but first-order training gives it no gradient ({reason}, "
             "and states are detached between segments). "
-            f"Set training.order to 'second', or leave memory.{name} frozen.",
+            f"Set training.order to 'second', or leave {name} frozen.",
         )

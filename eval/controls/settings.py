@@ -10,7 +10,7 @@ import yaml
 
 from titans_ds.config import GraftConfig, Order, check_choices
 from titans_ds.errors import ConfigError
-from titans_ds.training.settings import OptimizerSettings
+from titans_ds.training.settings import OptimizerSettings, SecondOrder
 from titans_ds.validation import build
 
 from ..errors import EvalError
@@ -64,6 +64,7 @@ class ControlConfig:
         optimizer: AdamW; its cosine ends with the budget.
         order: of the memory's training. At first order W_0, step sizes, gates, value projection and the convolution of
             keys and values get no gradient, and stay as they start.
+        second_order: how its gradient is made, see TrainingSettings.
         first_order_parts: leave them so at second order as well: both orders then train the same parameters.
         task_options: of the task, such as its number of questions.
         convolution_std: where the memory has a convolution, its taps on keys and queries start as this times a
@@ -81,6 +82,7 @@ class ControlConfig:
     measure: MeasureSettings
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     order: Order = "second"
+    second_order: SecondOrder = "window"
     first_order_parts: bool = False
     task_options: dict[str, Any] = field(default_factory=dict)
     convolution_std: float | None = None

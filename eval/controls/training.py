@@ -126,7 +126,8 @@ class ControlTrainer:
             level = int(self._rng.choice(self.config.curriculum.levels))
         window = self._queue(self.task.episode(self._rng, level, self.config.curriculum.batch))
         order = "first" if window == 1 else self.config.order
-        passes = run_passes(self.engine, self._stream, Carried(), TrainingSettings(order=order, window=window), 1)  # type: ignore[arg-type]
+        settings = TrainingSettings(order=order, second_order=self.config.second_order, window=window)  # type: ignore[arg-type]
+        passes = run_passes(self.engine, self._stream, Carried(), settings, 1)
         _, applied = self.engine.step(lr, skip=False)
         self._bad = 0 if applied else self._bad + 1
         self.history.skipped += not applied

@@ -29,11 +29,11 @@ _SHAPE_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
 def tensors(model: TitansModel) -> dict[str, Tensor]:
-    """The graft's state by adapter name: `layers.<index>.<name>`."""
+    """The graft's state by adapter name: `layers.<index>.<name>`, or `prefix.<name>`."""
     return {
-        f"layers.{index}.{name}": tensor.detach()
-        for index, memory in model.memories.items()
-        for name, tensor in memory.state_dict().items()
+        f"{start}.{name}": tensor.detach()
+        for start, module in model.grafted_modules().items()
+        for name, tensor in module.state_dict().items()
     }
 
 
@@ -172,7 +172,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _card(model: TitansModel, base: dict[str, Any]) -> str:
-    graft, memory = model.config, model.config.memory
+    graft = model.config
     learned = sum(int(getattr(p, "ds_numel", p.numel())) for _, p in model.titans_parameters())
     name = base["name_or_path"] or "PATH_OF_THE_BASE_MODEL"
     return f"""---
@@ -183,8 +183,7 @@ tags: [titans, test-time-training, memory]
 
 A neural memory (Titans, TTT) grafted onto layers {model.layer_indices} of a {base["model_type"]} model with
 {base["num_hidden_layers"]} layers of width {base["hidden_size"]}. Injection: {graft.injection}; gate floor
-{graft.gate_floor} ({graft.gate_floor_mode}). Memory: dim {memory.dim}, depth {memory.depth}, {memory.write} writes,
-{memory.inner_steps} inner step(s) of size {memory.step_size}. Learned parameters: {learned:,}.
+{graft.gate_floor} ({graft.gate_floor_mode}). {_describe_memory(graft)} Learned parameters: {learned:,}.
 
 ```python
 import titans_ds
@@ -197,3 +196,14 @@ with model.memory_session(batch_size=1) as memory:
 
 Compare every result with `model.disable_memory()` and with a memory primed on another repository before you believe it.
 """
+
+
+def _describe_memory(graft: GraftConfig) -> str:
+    if graft.injection == "prefix":
+        p = graft.prefix
+        return f"Memory: {p.tokens} prefix vectors, {p.inner_steps} inner step(s) of size {p.step_size}."
+    memory = graft.memory
+    return (
+        f"Memory: dim {memory.dim}, depth {memory.depth}, {memory.write} writes,\n"
+        f"{memory.inner_steps} inner step(s) of size {memory.step_size}."
+    )

@@ -11,6 +11,7 @@ The mixer's own code and parameter names stay as they are; the graft is one chil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from titans_ds.graft.call import KEYWORD, Call
 from titans_ds.memory import Access, LayerState, NeuralMemory
 
 CHILD = "titans"
-_IN_FLIGHT = "_titans_in_flight"
+IN_FLIGHT = "_titans_in_flight"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ class Columns:
 
     tokens: Tensor
     s: Tensor
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Extra keys and values as the layer has them already, [B, key-value heads, N, head dim]."""
+
+    key: Tensor
+    value: Tensor
 
 
 class PersistentTokens(nn.Module):
@@ -124,13 +133,15 @@ class Flight:
     Args:
         signal, s: what the memory says, and its gate.
         columns: extra keys and values, the first in front.
+        record: takes the layer's own keys and values.
     """
 
     signal: Tensor
     s: Tensor
+    columns: tuple[Columns | Ready, ...] = ()
+    record: Callable[[Tensor, Tensor], None] | None = None
 
 
-    columns: tuple[Columns, ...] = ()
 def before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of every token mixer: keep the call from the mixer's kernels, and let the memory read and write.
 
@@ -138,13 +149,13 @@ def before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """
     kwargs = dict(kwargs)
     call: Call | None = kwargs.pop(KEYWORD, None)
-    object.__setattr__(mixer, _IN_FLIGHT, None)
+    object.__setattr__(mixer, IN_FLIGHT, None)
     if call is None or not hasattr(mixer, CHILD):
         return args, kwargs
     grafted: GraftedMemory = getattr(mixer, CHILD)
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     flight = _consult(grafted, hidden, call)
-    object.__setattr__(mixer, _IN_FLIGHT, flight)
+    object.__setattr__(mixer, IN_FLIGHT, flight)
     if grafted.injection == "mal":
         moved = hidden + (flight.s * flight.signal).to(hidden.dtype)
         if "hidden_states" in kwargs:
@@ -169,13 +180,13 @@ def _consult(grafted: GraftedMemory, hidden: Tensor, call: Call) -> Flight:
 
 def in_flight(mixer: nn.Module) -> Flight | None:
     """The memory's word to the forward call that this mixer is in; None where memory is skipped."""
-    return getattr(mixer, _IN_FLIGHT, None)
+    return getattr(mixer, IN_FLIGHT, None)
 
 
 def after_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a grafted token mixer: add what `additive` and `mag` add to its output."""
     flight = in_flight(mixer)
-    object.__setattr__(mixer, _IN_FLIGHT, None)
+    object.__setattr__(mixer, IN_FLIGHT, None)
     injection = getattr(mixer, CHILD).injection
     if flight is None or injection not in ("additive", "mag"):
         return output

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from titans_ds.errors import ConfigError
 from titans_ds.graft.families import Mixer
-from titans_ds.graft.injection import Columns, in_flight
+from titans_ds.graft.injection import Columns, Ready, in_flight
 
 _SUPPORTED = ("sdpa", "eager")
 
@@ -94,9 +94,11 @@ def attend_with_memory(
         kwargs: handed on.
     """
     flight = in_flight(module)
+    if flight is not None and flight.record is not None:
+        flight.record(key, value)
     if flight is None or not flight.columns:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    extra = [_project(module, c.tokens.to(query.dtype), query) for c in flight.columns]
+    extra = [_keys_and_values(module, columns, query) for columns in flight.columns]
     bias = _bias(flight.columns, attention_mask, query, key)
     key = torch.cat([*(k for k, _ in extra), key], dim=2)
     value = torch.cat([*(v for _, v in extra), value], dim=2)
@@ -104,9 +106,11 @@ def attend_with_memory(
     return attend(module, query, key, value, bias, **kwargs)
 
 
-def _project(module: Any, tokens_BNH: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of tokens, [B, key-value heads, N, head dim], as the layer would make them."""
-    key, value = _layer_projections(module, tokens_BNH, query.shape[-1])
+def _keys_and_values(module: Any, columns: Columns | Ready, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Extra keys and values, [B, key-value heads, N, head dim]; tokens become what the layer would make of them."""
+    if isinstance(columns, Ready):
+        return columns.key, columns.value
+    key, value = _layer_projections(module, columns.tokens.to(query.dtype), query.shape[-1])
     return key.expand(query.shape[0], -1, -1, -1), value.expand(query.shape[0], -1, -1, -1)
 
 
@@ -122,7 +126,7 @@ def _layer_projections(module: Any, tokens_BNH: Tensor, head_dim: int) -> tuple[
     return key.transpose(1, 2), module.v_proj(tokens_BNH).view(shape).transpose(1, 2)
 
 
-def _bias(columns: tuple[Columns, ...], mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+def _bias(columns: tuple[Columns | Ready, ...], mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
     """Additive mask [B or 1, 1, T, N + S]: log s on the extra columns, the given mask (or causality) on the others."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     lowest = torch.finfo(query.dtype).min
@@ -132,5 +136,10 @@ def _bias(columns: tuple[Columns, ...], mask: Tensor | None, query: Tensor, key:
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
     mask = mask[..., :num_keys].to(query.dtype)
-    logs = [c.s.log().to(query.dtype).expand(*mask.shape[:-1], c.tokens.shape[1]) for c in columns]
-    return torch.cat([*logs, mask], dim=-1)
+    return torch.cat([*(_log_s(c, mask) for c in columns), mask], dim=-1)
+
+
+def _log_s(columns: Columns | Ready, mask: Tensor) -> Tensor:
+    if isinstance(columns, Ready):
+        return mask.new_zeros(*mask.shape[:-1], columns.key.shape[2])
+    return columns.s.log().to(mask.dtype).expand(*mask.shape[:-1], columns.tokens.shape[1])

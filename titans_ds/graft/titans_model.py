@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from titans_ds.config import GraftConfig, LoraSettings
 from titans_ds.errors import ConfigError, StateError
-from titans_ds.graft import adapter, families, injection, mac
+from titans_ds.graft import adapter, families, injection, mac, prefix
 from titans_ds.graft import lora as lora_adapters
 from titans_ds.graft.call import KEYWORD, Call, active, bind
 from titans_ds.graft.injection import CHILD, GraftedMemory
@@ -63,6 +63,7 @@ class TitansModel(nn.Module):
         self.config = config
         self.layer_indices = [m.index for m in mixers]
         self._controls = Controls()
+        self.prefix: prefix.PrefixMemory | None = None
         self._disabled = False
         self._trainable_before = [p for p in base_model.parameters() if p.requires_grad]
         if freeze_base:
@@ -75,12 +76,17 @@ class TitansModel(nn.Module):
     def _graft(self, mixers: list[families.Mixer]) -> None:
         if self._extends_attention:
             self._attention_before = mac.install(self.base_model, mixers)
+        self._handles = [self.base_model.register_forward_pre_hook(bind, with_kwargs=True)]
         width = families.text_width(self.base_model)
+        if self.config.injection == "prefix":
+            self.prefix = prefix.PrefixMemory(width, self.config.prefix).to(self.device)
+            for mixer in families.find_mixers(self.base_model):
+                self._handles += prefix.hook(mixer.module, mixer.index, mixer.index in self.layer_indices)
+            return
         for mixer in mixers:
             memory = GraftedMemory(width, self.config, mixer.index)
             device = next(mixer.module.parameters()).device
             mixer.module.add_module(CHILD, memory if device.type == "meta" else memory.to(device))
-        self._handles = [self.base_model.register_forward_pre_hook(bind, with_kwargs=True)]
         for mixer in families.find_mixers(self.base_model):
             self._handles += injection.hook(mixer.module, mixer.index in self.layer_indices)
 
@@ -90,22 +96,22 @@ class TitansModel(nn.Module):
             handle.remove()
         if self._extends_attention:
             mac.uninstall(self.base_model, self._attention_before)
-        for mixer in families.select_mixers(self.base_model, self.layer_indices):
+        for mixer in families.select_mixers(self.base_model, self.layer_indices if self.prefix is None else []):
             delattr(mixer.module, CHILD)
         for parameter in self._trainable_before:
             parameter.requires_grad_(True)
         return self.base_model
 
-    # --- parts -------------------------------------------------------------------------------------------------------
     @property
     def _extends_attention(self) -> bool:
-        return self.config.injection == "mac" or self.config.persistent_tokens > 0
+        return self.config.injection in ("mac", "prefix") or self.config.persistent_tokens > 0
 
+    # --- parts -------------------------------------------------------------------------------------------------------
 
     @property
     def memories(self) -> dict[int, GraftedMemory]:
-        """The grafted modules by layer index."""
-        mixers = families.select_mixers(self.base_model, self.layer_indices)
+        """The grafted modules by layer index; none for a prefix, which belongs to no layer."""
+        mixers = families.select_mixers(self.base_model, self.layer_indices if self.prefix is None else [])
         return {m.index: cast(GraftedMemory, getattr(m.module, CHILD)) for m in mixers}
 
     @property
@@ -118,11 +124,17 @@ class TitansModel(nn.Module):
         """Where token ids go."""
         return next(self.base_model.parameters()).device
 
+    def grafted_modules(self) -> dict[str, nn.Module]:
+        """The graft's own modules, by what their tensors' names start with in the adapter file."""
+        if self.prefix is not None:
+            return {"prefix": self.prefix}
+        return {f"layers.{index}": memory for index, memory in self.memories.items()}
+
     def titans_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The graft's own parameters, named as in the adapter file."""
-        for index, memory in self.memories.items():
-            for name, parameter in memory.named_parameters():
-                yield f"layers.{index}.{name}", parameter
+        for start, module in self.grafted_modules().items():
+            for name, parameter in module.named_parameters():
+                yield f"{start}.{name}", parameter
 
     def gate_parameters(self) -> dict[int, nn.Parameter]:
         """g by layer, [1]."""
@@ -190,6 +202,9 @@ class TitansModel(nn.Module):
         """
         access = Access(write, graph, collect_stats, self._controls, through_base, derived)
         mask = attention_mask if write_mask is None else write_mask
+        if self.prefix is not None and not self._disabled:
+            segment = prefix.Segment(input_ids, attention_mask, mask, state, reset)
+            return MemoryOutput(*prefix.read_write(self, self.prefix, segment, access))
         if tape is not None:
             tape.mask, tape.reset = mask, reset
         call = None if self._disabled else Call(given=state, reset=reset, mask=mask, access=access, tape=tape)
@@ -259,6 +274,8 @@ class TitansModel(nn.Module):
 
     def init_state(self, batch_size: int) -> MemoryState:
         """Unwritten memory for `batch_size` samples. (Not under ZeRO-3: give `read_write` no state there.)"""
+        if self.prefix is not None:
+            return MemoryState(prefix.initial_state(self.prefix()[0].detach(), batch_size))
         width = families.text_width(self.base_model)
         dtype = next(self.base_model.parameters()).dtype
         layers = {}
@@ -299,8 +316,11 @@ class TitansModel(nn.Module):
         size = self.config.segment_tokens
         for start in range(0, ids.shape[1], size):
             piece, piece_mask = ids[:, start : start + size], mask[:, start : start + size]
-            output = self.read_write(piece, state=memory.state.layers, write_mask=piece_mask)
-            memory.state = MemoryState(output.state)
+            state = memory.state.layers
+            if self.prefix is not None:  # writes need no pass that reads
+                memory.state = MemoryState(prefix.prime(self, piece, piece_mask, state, self._controls))
+            else:
+                memory.state = MemoryState(self.read_write(piece, state=state, write_mask=piece_mask).state)
 
     @torch.no_grad()
     def generate(
@@ -344,6 +364,8 @@ class TitansModel(nn.Module):
         if state is not None:
             self._check_batch(state, batch_size)
             state = state.repeat(times) if times > 1 else state
+        if self.prefix is not None:
+            return prefix.reading(self, state or self.init_state(batch_size * times))
         layers = None if state is None else state.layers
         return Call(given=layers, access=Access(controls=self._controls), follows=self._follows)
 

@@ -89,8 +89,8 @@ def _graft(base: nn.Module, config: TrainConfig, train_base: bool) -> TitansMode
     for parameter in model.parameters():
         if parameter.requires_grad and not train_base:
             parameter.data = parameter.data.to(dtype)  # as DeepSpeed casts the module; optimizer state stays fp32
-    for memory in model.memories.values():
-        memory.to(dtype)
+    for module in model.grafted_modules().values():
+        module.to(dtype)
     return model
 
 
