@@ -21,6 +21,7 @@ from tests import slow_window
 from tests.tiny_models import VOCAB, tiny_base
 from titans_ds.config import GraftConfig, MemoryConfig
 from titans_ds.memory_config import named_memory
+from titans_ds.training import offload
 from titans_ds.training.build import enable_checkpointing, trainable_names
 from titans_ds.training.engine import TorchEngine
 from titans_ds.training.lanes import Step
@@ -128,14 +129,21 @@ def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float
     return max((float((actual[n] - g).norm() / g.norm()), n) for n, g in expected.items())
 
 
+@pytest.fixture(autouse=True)
+def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offload the tensors of a tiny model, too."""
+    monkeypatch.setattr(offload, "LEAST_BYTES", 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("graft", GRAFTS)
 def test_gradients_equal_torch_func(graft: str, kind: str) -> None:
     """For every rule and injection, with every way of keeping activations, the base model trained in one of them."""
     train_base = graft == "token"
     expected = reference(graft, kind == "through_base", train_base)
-    for checkpointing, offload in itertools.product((False, True), (False, True)):
-        options = {"checkpointing": checkpointing, "offload_activations": offload}
+    for checkpointing, offloaded in itertools.product((False, True), (False, True)):
+        backward = "autograd" if offloaded else "derived"
+        options = {"checkpointing": checkpointing, "offload_activations": offloaded, "write_backward": backward}
         error = worst(gradients(graft, kind, train_base=train_base, **options), expected)
         assert error[0] < 1e-9, (options, error)
 

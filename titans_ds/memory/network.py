@@ -59,15 +59,21 @@ def _silu_derivative(z: Tensor) -> Tensor:
     return s * (1 + z * (1 - s))
 
 
-_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "silu": (F.silu, _silu_derivative),
-    "linear": (_identity, torch.ones_like),
+def _silu_curvature(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 - s) * (2 + z * (1 - 2 * s))
+
+
+# Each with its first and second derivative.
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "silu": (F.silu, _silu_derivative, _silu_curvature),
+    "linear": (_identity, torch.ones_like, torch.zeros_like),
 }
 
 
 def forward(weights: Weights, x_BTI: Tensor, form: Form) -> Tensor:
     """f_W(x): [B, T, I] -> [B, T, D], each sample through its own weights, products in the dtype of x."""
-    outputs, _ = _trace(_cast(weights, x_BTI), x_BTI, form)
+    outputs, _ = trace(_cast(weights, x_BTI), x_BTI, form)
     return finish(outputs[-1], x_BTI, form)
 
 
@@ -76,16 +82,15 @@ def terms(
 ) -> Terms:
     """What the gradient of the write loss is made of, each token's derivative times its weight where one is given."""
     weights = _cast(weights, keys_BTD)
-    outputs, inputs = _trace(weights, keys_BTD, form)
-    derivative = _ACTIVATIONS[form.activation][1]
-    delta_BTO = _loss_derivative(finish(outputs[-1], keys_BTD, form), values_BTD, form)
+    outputs, inputs = trace(weights, keys_BTD, form)
+    delta_BTO = loss_derivative(finish(outputs[-1], keys_BTD, form), values_BTD, form)
     if token_weights_BT is not None:
         delta_BTO = delta_BTO * token_weights_BT.unsqueeze(-1).to(delta_BTO.dtype)
     if form.norm is not None:
         delta_BTO = _norm_backward(delta_BTO * form.norm[0].to(delta_BTO.dtype), outputs[-1])
     deltas = [delta_BTO]
     for level in range(len(weights) - 1, 0, -1):
-        delta_BTO = _scaled(delta_BTO @ weights[level], form) * derivative(outputs[level - 1])
+        delta_BTO = scaled(delta_BTO @ weights[level], form) * activation_derivative(outputs[level - 1], form)
         deltas.insert(0, delta_BTO)
     return Terms(tuple(inputs), tuple(deltas))
 
@@ -128,7 +133,18 @@ def loss(weights: Weights, keys_BTD: Tensor, values_BTD: Tensor, token_weights_B
     return (loss_BTD.sum(dim=-1) * token_weights_BT.to(loss_BTD.dtype)).sum(dim=-1)
 
 
-def _loss_derivative(y_BTD: Tensor, values_BTD: Tensor, form: Form) -> Tensor:
+def activation_derivative(z: Tensor, form: Form) -> Tensor:
+    """a'(z), coordinate by coordinate."""
+    return _ACTIVATIONS[form.activation][1](z)
+
+
+def activation_curvature(z: Tensor, form: Form) -> Tensor:
+    """a''(z), coordinate by coordinate."""
+    return _ACTIVATIONS[form.activation][2](z)
+
+
+def loss_derivative(y_BTD: Tensor, values_BTD: Tensor, form: Form) -> Tensor:
+    """The write loss's derivative in f_W(k), token by token, [B, T, D]."""
     if form.loss == "dot":
         return -values_BTD
     error_BTD = y_BTD - values_BTD
@@ -139,19 +155,20 @@ def _cast(weights: Weights, like: Tensor) -> Weights:
     return tuple(weight.to(like.dtype) for weight in weights)
 
 
-def _trace(weights: Weights, x_BTI: Tensor, form: Form) -> tuple[list[Tensor], list[Tensor]]:
+def trace(weights: Weights, x_BTI: Tensor, form: Form) -> tuple[list[Tensor], list[Tensor]]:
     """Every matrix's output before the activation, and every matrix's input."""
-    activate, _ = _ACTIVATIONS[form.activation]
+    activate = _ACTIVATIONS[form.activation][0]
     outputs: list[Tensor] = []
     inputs: list[Tensor] = [x_BTI]
     for level, weight_BOI in enumerate(weights):
         outputs.append(inputs[-1] @ weight_BOI.mT)
         if level < len(weights) - 1:
-            inputs.append(_scaled(activate(outputs[-1]), form))
+            inputs.append(scaled(activate(outputs[-1]), form))
     return outputs, inputs
 
 
-def _scaled(x: Tensor, form: Form) -> Tensor:
+def scaled(x: Tensor, form: Form) -> Tensor:
+    """x, times hidden_scale."""
     return x if form.hidden_scale == 1.0 else x * form.hidden_scale
 
 

@@ -15,6 +15,7 @@ from titans_ds.config import RuleConfig
 from titans_ds.memory.gates import Coefficients
 from titans_ds.memory.network import Weights
 
+NORM_EPS = 1e-12  # beside a gradient's squared norm
 _ADAM_EPS = 1e-8
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic
 
@@ -126,7 +127,7 @@ def limit(surprise: Surprise, weighted: Weights, max_norm: float) -> Surprise:
     """Scale the gradients of each row so that those in `weighted` have at most this norm over all matrices."""
     wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in weighted]
     square = torch.stack([g.square().sum(dim=(1, 2)) for g in wide]).sum(dim=0)
-    factor = (max_norm / (square + 1e-12).sqrt()).clamp(max=1.0)
+    factor = (max_norm / (square + NORM_EPS).sqrt()).clamp(max=1.0)
     to_weights = tuple(g * _per_row(factor).to(g.dtype) for g in surprise.to_weights)
     if surprise.to_momentum is surprise.to_weights:
         return Surprise(to_weights, to_weights)

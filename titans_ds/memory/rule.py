@@ -17,7 +17,7 @@ from torch import Tensor
 
 from titans_ds.config import RuleConfig
 from titans_ds.errors import ConfigError
-from titans_ds.memory import network
+from titans_ds.memory import network, write_function
 from titans_ds.memory.delta import delta_rule
 from titans_ds.memory.gates import Coefficients
 from titans_ds.memory.network import Form, Terms, Weights
@@ -99,10 +99,16 @@ def write_chunk(fast: Fast, pairs: Pairs, c: Coefficients, inner: Inner, at: Ter
     """
     if inner.rule.chunk_semantics == "delta":
         return _write_exactly(fast, pairs, c, inner)
+    derived = inner.derived and at is None and torch.is_grad_enabled() and write_function.covers(inner.rule, inner.form)
+
+    def plain(fast: Fast, keys: Tensor, values: Tensor, c: Coefficients, sizes: Tensor) -> Fast:
+        surprise = _surprise(fast.weights, Pairs(keys, values), c, inner, at)
+        return step(fast, surprise, c, sizes, inner.rule, keys.dtype)
+
     for k in range(inner.inner_steps):
-        surprise = _surprise(fast.weights, pairs, c, inner, at)
-        sizes = inner.step_sizes * _schedule(k, inner)
-        fast = step(fast, surprise, c if k == 0 else without_forgetting(c), sizes, inner.rule, pairs.keys.dtype)
+        now, sizes = c if k == 0 else without_forgetting(c), inner.step_sizes * _schedule(k, inner)
+        given = (fast, pairs.keys, pairs.values, now, sizes)
+        fast = write_function.derived_step(*given, inner.rule, inner.form, plain) if derived else plain(*given)
     return fast
 
 

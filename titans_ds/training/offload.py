@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_LEAST_BYTES = 1 << 16  # smaller tensors stay: moving them costs more than they hold
+LEAST_BYTES = 1 << 16  # smaller tensors stay: moving them costs more than they hold
 
 
 class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
@@ -16,17 +16,15 @@ class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
 
     Args:
         module: its parameters and buffers stay, and views of them.
-        least_bytes: what is smaller stays, too.
     """
 
-    def __init__(self, module: nn.Module, least_bytes: int = _LEAST_BYTES) -> None:
+    def __init__(self, module: nn.Module) -> None:
         held = [*module.parameters(), *module.buffers()]
         self._held = {t.untyped_storage().data_ptr() for t in held} - {0}
-        self._least = least_bytes
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        if tensor.nbytes < self._least or self._is_held(tensor):
+        if tensor.nbytes < LEAST_BYTES or self._is_held(tensor):
             return tensor.detach() if tensor.grad_fn is not None else tensor  # an output would keep its own graph alive
         gpu = tensor.device.type == "cuda"
         host = torch.empty_like(tensor, device="cpu", pin_memory=gpu)
