@@ -113,6 +113,10 @@ class Node:
         """Take its network away: the others get no goodbye, as when power or a switch fails."""
         self.run("ip", "link", "set", "eth0", "down")
 
+    def plug(self) -> None:
+        """Give it back."""
+        self.run("ip", "link", "set", "eth0", "up")
+
     def stop(self) -> None:
         """End the node and all that runs on it, at once."""
         if self.holder.poll() is None:

@@ -9,6 +9,7 @@ another for the limit says so on stderr and ends its process; the launcher does 
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import socket
@@ -47,6 +48,7 @@ def start_heartbeat() -> None:
     client: Any = cast(Any, dist).TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
     _current.append(Heartbeat(client, str(session[0]), dist.get_rank(), dist.get_world_size(), limit))
     _current[0].start()
+    atexit.register(stop_heartbeat)
 
 
 def stop_heartbeat() -> None:
@@ -111,17 +113,21 @@ class Heartbeat:
         self._prefix, self._ended = f"titans_ds/{session}", threading.Event()
         self._contact, self._verdict, self._failures = time.monotonic(), "", 0
         watched = range(1, world_size) if rank == 0 else range(1)
+        tasks = (self._beat, self._watch)
+        self._threads = [threading.Thread(target=t, name=f"heartbeat{t.__name__}", daemon=True) for t in tasks]
         self._counts, self._changed = dict.fromkeys(watched, -1), dict.fromkeys(watched, time.monotonic())
 
     def start(self) -> None:
         """Begin."""
         self.store.set(f"{self._prefix}/host/{self.rank}", socket.gethostname())
-        for task in (self._beat, self._watch):
-            threading.Thread(target=task, name=f"heartbeat{task.__name__}", daemon=True).start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """End, and let the others be."""
+        """End, and let the others be. A thread in the midst of a call at Python's end would abort the process."""
         self._ended.set()
+        for thread in self._threads:
+            thread.join(timeout=5)
 
     def failed_everywhere(self, seconds: float = 10.0) -> bool:
         """See the function of that name; on its own connection to the store, as everything here."""
