@@ -6,16 +6,18 @@ killed process has not told Optuna is told by the next one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
@@ -69,7 +71,7 @@ class Adaptive:
 
     def discard(self, number: int) -> None:
         """Forget a point that came to no trial."""
-        self._optuna.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        self._tell(number, TrialState.FAIL)
 
     def should_prune(self, trial: Trial, values: Mapping[int, float]) -> bool:
         """Tell the metric by step so far; whether the trial is to end early."""
@@ -77,13 +79,20 @@ class Adaptive:
             return False
         identity = self._storage.get_trial_id_from_study_id_trial_number(self._optuna_id, trial.optuna)
         known = self._reported.setdefault(trial.number, set(self._storage.get_trial(identity).intermediate_values))
-        new = sorted(step for step in values if step not in known)
-        for step in new:
+        for step in sorted(step for step in values if step not in known):
             known.add(step)
-            self._storage.set_trial_intermediate_value(identity, step, values[step])
-            if self._optuna.pruner.prune(self._optuna, self._storage.get_trial(identity)):
+            try:
+                self._storage.set_trial_intermediate_value(identity, step, values[step])
+            except UpdateFinishedTrialError:  # another process has taken the trial over, and ended it
+                return False
+            if self._prunes(identity):
                 return True
         return False
+
+    def _prunes(self, identity: int) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of values that are not finite, for which a trial is pruned
+            return bool(self._optuna.pruner.prune(self._optuna, self._storage.get_trial(identity)))
 
     def tell(self, trial: Trial, result: Mapping[str, Any]) -> None:
         """Tell how a trial ended. What ran out of memory or diverged counts as the worst there is, not as unknown:
@@ -91,17 +100,14 @@ class Adaptive:
         if trial.optuna is None:
             return
         if result["state"] == "complete" and math.isfinite(result["value"]):
-            self._optuna.tell(trial.optuna, result["value"], skip_if_finished=True)
-            return
-        state = TrialState.FAIL if result["state"] == "failed" else TrialState.PRUNED
-        self._optuna.tell(trial.optuna, state=state, skip_if_finished=True)
+            self._tell(trial.optuna, TrialState.COMPLETE, result["value"])
+        else:
+            self._tell(trial.optuna, TrialState.FAIL if result["state"] == "failed" else TrialState.PRUNED)
 
-    def catch_up(self, ended: Sequence[tuple[Trial, Mapping[str, Any]]]) -> None:
-        """Tell what processes that were killed have not told."""
-        running = {t.number for t in self._optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
-        for trial, result in ended:
-            if trial.optuna in running:
-                self.tell(trial, result)
+    def _tell(self, number: int, state: TrialState, value: float | None = None) -> None:
+        """Every process tells every end that it sees, so that none is missed where one is killed; the first counts."""
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._optuna.tell(number, value, state=state, skip_if_finished=True)
 
     def _drop_orphans(self) -> None:
         """Points of processes that were killed before they made the trial's folder."""

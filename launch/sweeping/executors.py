@@ -41,6 +41,9 @@ class Executor(Protocol):
     def launch(self, trial: Trial, slot: str) -> Launch:
         """What runs a trial on a slot."""
 
+    def started(self, launch: Launch) -> None:
+        """Called when a trial is about to be started."""
+
     def beat(self) -> None:
         """Called every now and then: say that the slots are in use."""
 
@@ -98,6 +101,9 @@ class Local:
             number = () if gpus else ("--num_accelerators", str(self._ranks))  # with GPUs it takes the visible ones
             program = (*RUNNER, *number, "--master_port", str(free_port()), TRAIN)
         return Launch(trial.arguments, program, working_folder(self._study), environment, slot=slot)
+
+    def started(self, launch: Launch) -> None:
+        """Nobody else needs to know."""
 
     def beat(self) -> None:
         """The locks are the kernel's: they need none."""
@@ -194,6 +200,9 @@ class Hostfiles:
         if "--ssh_port" in self._launcher:
             return (*options, "-p", self._launcher[self._launcher.index("--ssh_port") + 1])
         return options
+
+    def started(self, launch: Launch) -> None:
+        """The deepspeed launcher tells the other machines."""
 
     def beat(self) -> None:
         """Say that the groups are in use; OSError passes where the folder is away for a while."""

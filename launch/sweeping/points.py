@@ -58,7 +58,12 @@ def settings_of(space: Space, point: Point) -> dict[str, Any]:
 
 def show(point: Point) -> str:
     """A point in a line of text."""
-    return ", ".join(f"{name.rsplit('.', 1)[-1]} {value}" for name, value in point.items())
+    return ", ".join(f"{name.rsplit('.', 1)[-1]} {show_value(value)}" for name, value in point.items())
+
+
+def show_value(value: Any) -> str:
+    """A value as it is shown; a trial's folder has all digits of it."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _branches(parameters: tuple[Parameter, ...], point: Point) -> Iterator[Point]:

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from launch.sweeping.errors import SweepError
+from launch.sweeping.points import show_value
 from launch.sweeping.results import Result, ranked, read_results
 from launch.sweeping.study import Study
 
@@ -85,7 +85,7 @@ def _summary(study: Study, results: Sequence[Result]) -> list[str]:
     lines = [f"{study.size} trials, {search.method} search with seed {search.seed}; {len(results)} begun: {states}."]
     best = ranked(results, metric)
     if best:
-        chosen = ", ".join(f"{name} {value}" for name, value in best[0].trial.point.items())
+        chosen = ", ".join(f"{name} {show_value(value)}" for name, value in best[0].trial.point.items())
         lines.append(
             f"Best {metric.name} ({metric.direction}): {best[0].value:.6g}, trial {best[0].trial.number}: {chosen}."
         )
@@ -113,7 +113,4 @@ def _other_table(study: Study, results: Sequence[Result]) -> Table:
 
 
 def _point(result: Result, names: Sequence[str]) -> list[str]:
-    def show(value: Any) -> str:
-        return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-    return [show(result.trial.point[name]) if name in result.trial.point else "–" for name in names]
+    return [show_value(result.trial.point[name]) if name in result.trial.point else "–" for name in names]

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from launch.sweeping.points import show
 from launch.sweeping.results import Result, best_of, read_results
 from launch.sweeping.study import Study
 
@@ -54,7 +55,7 @@ def _cells(result: Result, is_best: bool) -> list[Text]:
     if result.silence is not None and result.silence > 60:
         state.append(f" silent {result.silence:.0f} s", style="red")
     value = "" if result.value is None else f"{result.value:.5g}"
-    point = ", ".join(f"{name.rsplit('.', 1)[-1]} {v}" for name, v in result.trial.point.items())
+    point = show(result.trial.point)
     text = point if result.state in ("complete", "running") or not result.reason else f"{result.reason} ({point})"
     cells = [Text(str(result.trial.number)), state, Text(str(result.attempts)), Text(str(result.run.step))]
     return [*cells, Text(value, style="bold green" if is_best else ""), Text(result.place), Text(text)]

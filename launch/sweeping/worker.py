@@ -24,7 +24,7 @@ from launch.sweeping.study import Study
 if TYPE_CHECKING:
     from launch.sweeping.adaptive import Adaptive
 
-_TICK, _SCAN, _LOOK = 0.1, 0.5, 1.0  # seconds between looks at processes, at the study folder, at metrics
+_TICK, _SCAN, _LOOK = 0.1, 0.5, 0.25  # seconds between looks at processes, at the study folder, at metrics
 STOPPED = 143  # exit code
 
 
@@ -61,6 +61,8 @@ class Worker:
         lease: seconds without a sign of life after which others take its trials over.
         grace: seconds that a trial has to save itself when it is asked to end.
         limit: of attempts that it starts; None for no limit.
+        patience: seconds without anything to do after which it leaves; None to wait for the end of the study, since
+            a trial that another process runs may have to be run again.
     """
 
     def __init__(
@@ -71,13 +73,15 @@ class Worker:
         lease: float = 180.0,
         grace: float = 120.0,
         limit: int | None = None,
+        patience: float | None = None,
     ) -> None:
         self.study, self.executor, self.say = study, executor, say
-        self.lease, self.grace, self.limit = lease, grace, limit
+        self.lease, self.grace, self.limit, self.patience = lease, grace, limit, patience
         self.adaptive = _adaptive(study)
         self.ledger = Ledger(study, lease, self.adaptive, say)
         self.running: dict[str, Running] = {}
         self._signals, self._scanned, self._started = 0, 0.0, 0
+        self._idle_since = time.monotonic()
 
     def run(self) -> int:
         """Work until every trial of the study has ended, here or elsewhere. Returns the exit code: 0; 143 where it was
@@ -106,8 +110,12 @@ class Worker:
         self._prune()
         with contextlib.suppress(OSError):
             self.executor.beat()
-        exhausted = self.limit is not None and self._started >= self.limit
-        return not self.running and (exhausted or self.ledger.all_ended())
+        return not self.running and (self._is_exhausted() or self.ledger.all_ended())
+
+    def _is_exhausted(self) -> bool:
+        waited = time.monotonic() - self._idle_since
+        spent = self.limit is not None and self._started >= self.limit
+        return spent or (self.patience is not None and waited > self.patience)
 
     def _fill(self) -> None:
         free = [slot for slot in self.executor.slots if slot not in self.running]
@@ -142,6 +150,7 @@ class Worker:
             rank_pattern(trial),
         )
         status, kills = _signature(trial.run), out_of_memory_kills()
+        self.executor.started(keeping.launch)
         process = keeper.start_keeper(keeping)
         self.running[slot] = Running(attempt, process, time.monotonic(), status, kills)
 
@@ -151,7 +160,7 @@ class Worker:
         if not pid:
             return
         del self.running[slot]
-        self._scanned = 0.0
+        self._scanned, self._idle_since = 0.0, time.monotonic()
         code = os.waitstatus_to_exitcode(status)
         code = code if code >= 0 else 128 - code
         if code:
