@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from titans_ds.config import PrefixConfig
+from titans_ds.errors import ConfigError
 from titans_ds.graft.call import KEYWORD, Call
 from titans_ds.graft.injection import IN_FLIGHT, Flight, Ready
 from titans_ds.graft.reconstruction import losses_and_derivative, mean_losses
@@ -244,6 +245,8 @@ def write(
     """
     ids_BT, there_BT = _compact(ids_BT, mask_BT)
     through = graph and through_base
+    if through:
+        _check_whole(model.base_model)
     steps = len(sizes_K) if controls.inner_steps is None else controls.inner_steps
     current, first = prefix_BNH if graph else prefix_BNH.detach(), prefix_BNH.new_zeros(len(prefix_BNH))
     with torch.enable_grad(), _twice_differentiable(model.base_model) if through else contextlib.nullcontext():
@@ -279,6 +282,15 @@ def _compact(ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     positions = Positions.of(mask_BT, ids_BT.shape[0], ids_BT.shape[1], ids_BT.device)
     ids = positions.compact(ids_BT.unsqueeze(-1)).squeeze(-1)
     return ids, torch.arange(ids.shape[1], device=ids.device) < positions.count_B.unsqueeze(1)
+
+
+def _check_whole(base_model: nn.Module) -> None:
+    """A second derivative meets weights that ZeRO-3 has taken away again."""
+    if any(hasattr(parameter, "ds_id") for parameter in base_model.parameters()):
+        raise ConfigError(
+            "training.second_order 'through_base' differentiates twice through the base model, which ZeRO-3 has in "
+            "parts; use ds_configs/zero2.json, or training.second_order 'window'"
+        )
 
 
 @contextlib.contextmanager

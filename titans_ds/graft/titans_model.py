@@ -23,6 +23,7 @@ from titans_ds.errors import ConfigError, StateError
 from titans_ds.graft import adapter, families, injection, mac, prefix
 from titans_ds.graft import lora as lora_adapters
 from titans_ds.graft.call import KEYWORD, Call, active, bind
+from titans_ds.graft.generation import check_options, num_hypotheses
 from titans_ds.graft.injection import CHILD, GraftedMemory
 from titans_ds.graft.padding import as_right_padded
 from titans_ds.graft.replay import replay
@@ -343,18 +344,14 @@ class TitansModel(nn.Module):
             ConfigError: assistant_model (its own forward passes would have to read the memory too); beam search where
                 queries are convolved (each hypothesis would need a tail of its own).
         """
-        if kwargs.get("assistant_model") is not None:
-            raise ConfigError("generate: assistant_model is not supported with a memory; leave it out")
-        if self._follows and _option(self, kwargs, "num_beams") > 1:
-            raise ConfigError(
-                "generate: beam search can't follow queries that are convolved with the tokens before them; use greedy "
-                "search or sampling, or train with memory.features.convolve_queries false"
-            )
+        check_options(self.base_model, kwargs, self._follows)
         if write_prompt:
             if memory is None:
                 raise ConfigError("generate: write_prompt needs a session to write into; pass memory=")
             self.prime(input_ids, memory, kwargs.get("attention_mask"))
-        call = self._reading(None if memory is None else memory.state, input_ids.shape[0], _expansion(self, kwargs))
+        call = self._reading(
+            None if memory is None else memory.state, input_ids.shape[0], num_hypotheses(self.base_model, kwargs)
+        )
         with active(call):
             return self.base_model.generate(input_ids, **kwargs)  # type: ignore[operator]
 
@@ -407,14 +404,3 @@ def attach(
 ) -> TitansModel:
     """Graft memories onto a causal LM: see TitansModel."""
     return TitansModel(base_model, config or GraftConfig(), freeze_base, lora)
-
-
-def _expansion(model: TitansModel, kwargs: dict[str, Any]) -> int:
-    """How many rows generate() makes of each sample."""
-    return max(_option(model, kwargs, name) for name in ("num_beams", "num_return_sequences"))
-
-
-def _option(model: TitansModel, kwargs: dict[str, Any], name: str) -> int:
-    """A number that generate() takes from its keywords or from the generation config; 1 where it is not set."""
-    config = kwargs.get("generation_config") or model.base_model.generation_config
-    return int(cast(int, kwargs.get(name, getattr(config, name, None)) or 1))
