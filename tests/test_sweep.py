@@ -215,20 +215,19 @@ def test_ends_that_are_no_crash_of_the_sweep(place: Path, forks: Forks, tmp_path
 
 def test_stopped_and_hanging_trials_go_on(place: Path, forks: Forks, tmp_path: Path) -> None:
     """SIGTERM saves the trial; a keeper that hangs is replaced, and its trial killed first."""
-    settings = {"training.steps": 60, "evaluation.interval": 60, "checkpoint.interval": 5}
+    settings = {"training.steps": 300, "evaluation.interval": 300, "checkpoint.interval": 20}
     space = write_space(place, "long", {"training.seed": [0]}, settings=settings)
     study = tmp_path / "long"
     first = forks.start(tmp_path / "first.log", *arguments(space, study))
-    trial = wait_for(lambda: trial_in_the_middle(study, first.pid, 60))
+    trial = wait_for(lambda: trial_in_the_middle(study, first.pid, 300))
     first.kill(signal.SIGTERM)
     assert first.code() == 143
     assert "goes on with it" in first.log.read_text()
     assert [end["state"] for end in ends_of(read_results(Study(study))[0])] == ["stopped"]
     stopped_at = json.loads((trial / "run/status.json").read_text())["step"]
-    assert 0 < stopped_at < 60
+    assert 0 < stopped_at < 298
     second = forks.start(tmp_path / "second.log", *arguments(space, study, "--lease", "3"))
-    log = trial / "attempts/0002.log"
-    wait_for(lambda: log.exists() and f"step {stopped_at + 2}/60" in log.read_text())
+    wait_for(lambda: json.loads((trial / "run/status.json").read_text())["step"] > stopped_at + 1)
     keeper = json.loads((trial / "attempts/0002.beat.json").read_text())["keeper"]["pid"]
     os.kill(keeper, signal.SIGSTOP)
     third = forks.start(tmp_path / "third.log", *arguments(space, study, "--lease", "3"))
@@ -238,7 +237,7 @@ def test_stopped_and_hanging_trials_go_on(place: Path, forks: Forks, tmp_path: P
     assert [end["state"] for end in ends_of(result)] == ["stopped", "lost", "complete"]
     metrics = [json.loads(line) for line in (trial / "run/metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in metrics if line["kind"] == "train"]
-    assert steps == list(range(1, 61))  # no step lost, none twice
+    assert steps == list(range(1, 301))  # no step lost, none twice
 
 
 def test_hostfile_group_under_the_deepspeed_launcher(place: Path, forks: Forks, tmp_path: Path) -> None:
