@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from titans_ds.zero import slurm
 from titans_ds.zero.adamw import SkippableAdamW
 from titans_ds.zero.heartbeat import start_heartbeat
 from titans_ds.zero.start_errors import check_mpi, explain
@@ -27,13 +28,19 @@ _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _TIMEOUT = timedelta(hours=2)  # rank 0 may pack a corpus while the others wait
 
 
-def start_ranks() -> None:
+def start_ranks(timeout: timedelta = _TIMEOUT) -> None:
     """Start torch.distributed through DeepSpeed: under any launcher, or for this process alone.
 
+    Args:
+        timeout: of the start, and of every collective.
+
     Raises:
-        ConfigError: the port is in use; or mpirun started the process, and there is no MPI for Python.
+        ConfigError: the port is in use; or mpirun started the process, and there is no MPI for Python; or not all ranks
+            came in time.
     """
     deepspeed = import_deepspeed()
+    if slurm.under_srun():
+        os.environ.update(slurm.place())
     if "RANK" not in os.environ and _under_mpi():
         check_mpi()
     elif "RANK" not in os.environ:
@@ -43,7 +50,7 @@ def start_ranks() -> None:
     _share_cores()
     port = int(os.environ.get("MASTER_PORT", "29500"))
     try:
-        deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False, distributed_port=port)
+        deepspeed.init_distributed(timeout=timeout, verbose=False, distributed_port=port)
     except Exception as error:
         raise explain(error) from error
     start_heartbeat()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from torch import distributed as dist
+
 from titans_ds.errors import ConfigError
 
 _PORT_IN_USE = ("EADDRINUSE", "Address already in use", "address already in use")
@@ -29,6 +31,14 @@ def explain(error: Exception) -> Exception:
             f"port {port} of {os.environ.get('MASTER_ADDR', 'this host')} is in use, perhaps by another run; choose a "
             "free one: deepspeed --master_port N, torchrun --master_port N, accelerate launch --main_process_port N, "
             "or for mpirun the environment variable MASTER_PORT"
+        )
+    if isinstance(error, dist.DistError):
+        world, master = os.environ.get("WORLD_SIZE"), os.environ.get("MASTER_ADDR")
+        return ConfigError(
+            f"the {world} ranks did not find one another at {master}, port {os.environ.get('MASTER_PORT')} "
+            f"({_first_line(error)}). Look whether every node started its ranks, whether that address can be reached "
+            "from all of them (firewall), and whether NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME, if set, names a "
+            "network card that all of them have"
         )
     return error
 
