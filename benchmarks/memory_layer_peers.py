@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -76,8 +77,7 @@ def ttt_linear(shape: Shape) -> Callable[[torch.device], object]:
     """fla's TTT-Linear, chunk by chunk of 16 tokens; its backward stops at its own step sizes."""
 
     def make(device: torch.device) -> Callable[[bool], None]:
-        from fla.ops.ttt import chunk_ttt_linear
-
+        chunk_ttt_linear = importlib.import_module("fla.ops.ttt").chunk_ttt_linear
         split = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
         q, k, v = (leaf(*split, device=device, scale=shape.head_dim**-0.5) for _ in range(3))
         scale, bias = (leaf(shape.heads, shape.head_dim, device=device) for _ in range(2))

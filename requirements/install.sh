@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 readonly VENV=$1 PYTHON=$2
 TORCH=$3
 readonly TORCH_VERSION=2.13.0
+readonly TRITON_VERSION=3.7.1 # beside a CPU build, for the kernels' tests; a torch for CUDA brings the Triton made for it
 readonly PINS=requirements/ci.txt
 
 say() { echo "setup: $*"; }
@@ -56,6 +57,11 @@ elif [ "$TORCH" = system ]; then
 else
     say "torch"
     install_torch
+fi
+has_cuda() { "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; }
+if [ "$(uname -s)" = Linux ] && ! has_cuda; then
+    say "triton, for its interpreter"
+    pip_install --no-deps "triton==$TRITON_VERSION" || say "no Triton for this machine; the tests of its kernels are skipped"
 fi
 say "pinned packages ($PINS)"
 pip_install --no-deps -r "$PINS"

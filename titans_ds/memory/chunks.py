@@ -20,6 +20,7 @@ from torch import Tensor
 
 from titans_ds.memory import kernels, network
 from titans_ds.memory.gates import Coefficients
+from titans_ds.memory.kernels.chunk import run_chunk
 from titans_ds.memory.kernels.span import run_span
 from titans_ds.memory.network import Terms
 from titans_ds.memory.optimizers import Fast
@@ -170,10 +171,13 @@ def run(
     Returns:
         reads [N, R, C, D] (or None), and the fast weights after the last finished chunk.
     """
-    if kernels.spans(fast, inner):
+    fused = (
+        run_span if kernels.spans(fast, inner) else run_chunk if kernels.chunks(fast, inner, work.pairs.keys) else None
+    )
+    if fused is not None:
         with writing():
             graph = torch.is_grad_enabled()
-        return run_span(fast, work.pairs, work.coefficients, work.finished_NR, inner, queries_NRCD, graph)
+        return fused(fast, work.pairs, work.coefficients, work.finished_NR, inner, queries_NRCD, graph)
     reads: list[Tensor] = []
     with writing():
         parts = _at_start(fast, work, inner) if inner.rule.chunk_semantics == "span" else None

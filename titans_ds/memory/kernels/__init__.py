@@ -11,14 +11,20 @@ The environment variable TITANS_DS_KERNEL, or `choice`, says which one runs:
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
+
+import torch
+from torch import Tensor
 
 from titans_ds.errors import ConfigError
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner
 
 CHOICES = ("auto", "loop", "torch", "triton")
+MOST_WIDTH = 128  # of a head and its hidden layer: two matrices and their derivatives stay on the chip
+MOST_CHUNK = 128
 _override: list[str] = []
 
 
@@ -49,3 +55,38 @@ def spans(fast: Fast, inner: Inner) -> bool:
     rule = inner.rule
     linear = rule.optimizer in ("sgd", "momentum") and inner.inner_steps == 1 and fast.steps is None
     return linear and rule.chunk_semantics == "span" and chosen() != "loop"
+
+
+def chunks(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> bool:
+    """Whether `kernels.chunk` does this call: `chunk`, two matrices that fit on the chip, a linear rule.
+
+    Raises:
+        ConfigError: `triton` is chosen, and it does not.
+    """
+    name = chosen()
+    if name in ("loop", "torch") or inner.rule.chunk_semantics != "chunk" or inner.fan is not None:
+        return False
+    reason = _obstacle(fast, inner, keys_NRCD)
+    if reason is not None and name == "triton":
+        raise ConfigError(f"TITANS_DS_KERNEL is 'triton', but {reason}. Set it to 'auto'")
+    return reason is None
+
+
+def _obstacle(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> str | None:
+    """Why Triton cannot do it, or is not worth it."""
+    rule, form, (num_chunks, chunk, dim) = inner.rule, inner.form, keys_NRCD.shape[1:]
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if rule.optimizer not in ("sgd", "momentum") or inner.inner_steps != 1:
+        return f"it does one step of sgd or momentum, not {inner.inner_steps} of {rule.optimizer}"
+    if len(fast.weights) != 2 or form.norm is not None:
+        return "it does memories of two matrices without residual_norm"
+    if max(dim, fast.weights[0].shape[1]) > MOST_WIDTH or chunk > MOST_CHUNK:
+        return f"it does heads of up to {MOST_WIDTH} and chunks of up to {MOST_CHUNK} tokens"
+    if keys_NRCD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it does bf16, fp16 and fp32, not {keys_NRCD.dtype}"
+    if not keys_NRCD.is_cuda and (chosen() == "auto" or os.environ.get("TRITON_INTERPRET") != "1"):
+        return f"the tensors are on {keys_NRCD.device.type}, not on a GPU"
+    if chosen() == "auto" and (keys_NRCD.dtype == torch.float32 or num_chunks == 1):
+        return "one chunk, or fp32, is faster in PyTorch"
+    return None

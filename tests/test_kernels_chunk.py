@@ -1,0 +1,84 @@
+"""The Triton kernel of `chunk` against the loop in fp64: in Triton's interpreter, or on the GPU where there is one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.kernel_memories import CASES, MOMENTUM, H, memory, run
+from titans_ds.errors import ConfigError
+from titans_ds.memory import Access, kernels
+
+pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SUPPORTED = ("titans", "by chunk", "limited", "limited by chunk", "plain", "constant momentum")
+
+
+def text(batch: int, tokens: int, seed: int) -> torch.Tensor:
+    return torch.randn(batch, tokens, H, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_shapes(seed) -> None:
+    rng = random.Random(seed)
+    rule, settings = CASES[SUPPORTED[seed % len(SUPPORTED)]]
+    heads, tokens, batch = rng.choice([1, 2]), rng.randint(1, 21), rng.choice([1, 2])
+    settings = settings | {"dim": heads * rng.choice([4, 16, 19]), "hidden_dim": rng.choice([None, 5, 33])}
+    if seed % 4 == 1:
+        rule = rule | {"loss": rng.choice(["dot", "huber"]), "huber_delta": 0.3}
+    made = memory(rule, settings, rng.choice([1, 3, 7, 16, 18]), heads, seed, "chunk").to(DEVICE)
+    h, graph = text(batch, tokens, seed), seed % 5 != 4
+    mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < 0.7
+    mask[0] = seed % 3 > 0  # nothing to write, or everything
+    mask = None if seed % 4 == 0 else mask
+    expected = run(made, h, mask, "loop", graph)
+    got = run(made.float(), h.float(), mask, "triton", graph)
+    assert len(got) == len(expected)
+    for index, (left, right) in enumerate(zip(got, expected, strict=True)):
+        assert (left.double() - right).norm() <= 1e-4 * right.norm() + 1e-7, index
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_half_precision_is_as_near_to_fp64_as_the_loop(graph) -> None:
+    made = memory(MOMENTUM | {"max_gradient_norm": 0.5}, {"dim": 32}, 16, 2, 3, "chunk").to(DEVICE)
+    h = text(2, 40, 1).to(torch.bfloat16 if DEVICE == "cuda" else torch.float16)  # the interpreter has no bf16 products
+    exact = run(made, h.double(), None, "loop", graph)
+    near, loop = (run(made.float(), h, None, kernel, graph) for kernel in ("triton", "loop"))
+    for index, (got, plain, right) in enumerate(zip(near, loop, exact, strict=True)):
+        error, allowed = ((t.double() - right).norm() / right.norm() for t in (got, plain))
+        assert error < 2.5 * allowed + 2e-3, (index, error, allowed)
+    assert near[2].dtype == torch.float32
+
+
+def test_the_loop_is_left_out(monkeypatch) -> None:
+    made = memory(MOMENTUM, {}, 4, 1, 0, "chunk").float().to(DEVICE)
+    monkeypatch.setattr("titans_ds.memory.chunks.write_chunk", None)
+    with kernels.choice("triton"):
+        made(text(1, 9, 0).float(), None, None, None, Access(write=True))
+    with kernels.choice("loop"), pytest.raises(TypeError):
+        made(text(1, 9, 0).float(), None, None, None, Access(write=True))
+
+
+def test_what_triton_does_not_do_is_refused_or_left_to_pytorch() -> None:
+    for rule, settings in (
+        ({"optimizer": "muon"}, {}),
+        ({}, {"depth": 3}),
+        ({}, {"dim": 256}),
+        ({"chunk_size": 200}, {}),
+    ):
+        made = memory(
+            *({k: v for k, v in rule.items() if k != "chunk_size"}, settings), rule.get("chunk_size", 4), 1, 0, "chunk"
+        )
+        made = made.float().to(DEVICE)
+        h = text(1, 9, 0).float()
+        with kernels.choice("triton"), pytest.raises(ConfigError, match="TITANS_DS_KERNEL is 'triton', but it does"):
+            made(h, None, None, None, Access(write=True))
+        made(h, None, None, None, Access(write=True))
+
+
+def test_the_environment_chooses(monkeypatch) -> None:
+    monkeypatch.setenv("TITANS_DS_KERNEL", "fast")
+    with pytest.raises(ConfigError, match="expected one of auto, loop, torch, triton"):
+        kernels.chosen()
