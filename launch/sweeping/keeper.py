@@ -29,6 +29,7 @@ from launch.sweeping.processes import (
 
 TAKEN_OVER, ORPHANED, SILENT = 97, 98, 99  # exit codes of a keeper that killed its trial
 STOP = signal.SIGUSR1  # sent to a keeper: let the trial save itself and end
+ORPHAN = signal.SIGHUP  # sent to a keeper when its sweep process ends: kill the trial
 _TICK = 0.05  # seconds
 BEATS_IN_LEASE = 15
 
@@ -84,8 +85,10 @@ class _Keeper:
         _write_output_to(self.keeping.log)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(STOP, self._on_stop)
-        signal.signal(signal.SIGTERM, self._on_orphaned)
-        die_with(parent, signal.SIGTERM)
+        signal.signal(signal.SIGTERM, self._on_stop)  # Slurm sends it to all processes of a task
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # and this one; the trial ignores it, too
+        signal.signal(ORPHAN, self._on_orphaned)
+        die_with(parent, ORPHAN)
         adopt_orphans()
         self._identity, self._beaten = Identity.of(os.getpid()), time.monotonic()
         self._beat()

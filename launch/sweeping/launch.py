@@ -114,7 +114,7 @@ def _run_inside(launch: Launch, parent: int) -> None:
     """launch/train.py in this forked process, which never returns to what it was forked from."""
     code = 1
     try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         die_with(parent, signal.SIGKILL)
         os.chdir(launch.cwd)

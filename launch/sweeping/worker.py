@@ -232,7 +232,7 @@ def _ask(process: int) -> None:
 
 def _kill(process: int) -> None:
     """A keeper that is told that its sweep process has ended kills its trial."""
-    os.kill(process, signal.SIGTERM)
+    os.kill(process, keeper.ORPHAN)
 
 
 def _signature(run: Path) -> tuple[int, int]:
