@@ -78,6 +78,9 @@ class RuleConfig:
             or once a chunk, from the chunk's mean token (`chunk`).
         step_sizes: theta of each matrix, in place of memory.step_size.
         schedule: theta over the inner steps: constant, or cosine from theta towards zero.
+        gradient: `exact`, in closed form; or `fan`, predicted from forward activations by a network that was trained
+            for it (titans_ds.memory.fan, launch/train_fan.py), which the adapter then holds.
+        fan_width: units of that network's hidden layer.
         max_gradient_norm: limit on the norm of a chunk's gradient, over all matrices of a head, before theta.
     """
 
@@ -97,11 +100,13 @@ class RuleConfig:
     gate_scope: Literal["token", "chunk"] = "token"
     step_sizes: list[float] | None = None
     schedule: Literal["constant", "cosine"] = "constant"
+    gradient: Literal["exact", "fan"] = "exact"
+    fan_width: int = 64
     max_gradient_norm: float | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("chunk_size", "newton_schulz_steps"):
+        for name in ("chunk_size", "newton_schulz_steps", "fan_width"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"rule.{name} is {value}; it must be 1 or more")
         for name in ("huber_delta", "max_gradient_norm"):
@@ -111,6 +116,11 @@ class RuleConfig:
             require(0 < getattr(self, name) < 1, f"rule.{name} is {getattr(self, name)}; it must be between 0 and 1")
         require(0 <= self.forget_gate < 1, f"rule.forget_gate is {self.forget_gate}; it must be in [0, 1)")
         self._check_gates()
+        require(
+            self.gradient == "exact" or self.chunk_semantics == "chunk",
+            f"rule.gradient 'fan' predicts the gradient of a chunk at its start, not at rule.chunk_semantics "
+            f"{self.chunk_semantics!r}. Set rule.chunk_semantics to 'chunk', or rule.gradient to 'exact'",
+        )
         if self.chunk_semantics == "delta":
             self._check_delta()
 
@@ -264,6 +274,11 @@ class MemoryConfig:
             not (several and self.rule.chunk_semantics != "chunk"),
             f"memory.inner_steps is {self.inner_steps}, but rule.chunk_semantics {self.rule.chunk_semantics!r} allows "
             "one gradient a chunk. Set rule.chunk_semantics to 'chunk'",
+        )
+        require(
+            self.rule.gradient == "exact" or (self.depth >= 2 and not self.residual_norm),
+            "rule.gradient 'fan' predicts what goes back through the matrices of f_W, and a linear memory has one; it "
+            "needs memory.depth 2 or more, and memory.residual_norm false. Set rule.gradient to 'exact'",
         )
         if self.rule.chunk_semantics == "delta":
             require(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from titans_ds.config import MemoryConfig
 from titans_ds.memory import features
+from titans_ds.memory.fan import ForwardAlignment
 from titans_ds.memory.gates import Gates
 from titans_ds.memory.initial import hidden_scale, initial_weights, log_step_sizes
 from titans_ds.memory.network import Form
@@ -62,6 +63,9 @@ class MemoryParts(nn.Module):
             self.log_step_sizes = nn.Parameter(log_step_sizes(config))
         if config.rule.token_gates:
             self.gates = Gates(hidden_size, config)
+        self.fan: ForwardAlignment | None = None
+        if config.rule.gradient == "fan":
+            self.fan = ForwardAlignment(config.widths, config.rule.fan_width, seed + 7)
         self._make_features(hidden_size)
 
     def _make_projections(self, hidden_size: int, seed: int) -> None:

@@ -19,6 +19,7 @@ from titans_ds.config import RuleConfig
 from titans_ds.errors import ConfigError
 from titans_ds.memory import network, write_function
 from titans_ds.memory.delta import delta_rule
+from titans_ds.memory.fan import ForwardAlignment
 from titans_ds.memory.gates import Coefficients
 from titans_ds.memory.network import Form, Terms, Weights
 from titans_ds.memory.optimizers import Fast, Surprise, limit, step, without_forgetting
@@ -54,6 +55,7 @@ class Inner:
         form: of f_W and its loss.
         step_sizes: theta of each matrix [depth], in the dtype of the fast weights; negative under the sign flip.
         inner_steps: K.
+        fan: what predicts the gradient in place of its closed form; None for the exact one.
         derived: where writes have a graph, go back by hand (titans_ds.memory.write_function), if the rule allows it.
     """
 
@@ -62,6 +64,7 @@ class Inner:
     step_sizes: Tensor
     inner_steps: int
     derived: bool = True
+    fan: ForwardAlignment | None = None
 
     def __post_init__(self) -> None:
         once = self.rule.acts_per_token or self.rule.chunk_semantics != "chunk"
@@ -123,11 +126,13 @@ def _surprise(weights: Weights, pairs: Pairs, c: Coefficients, inner: Inner, at:
     rule, form = inner.rule, inner.form
     once = c.to_weights is None and c.to_momentum is None
     if once and at is None:  # weighting the error is cheaper than weighting every matrix's derivative
-        at = network.terms(weights, pairs.keys, pairs.values, form, c.surprise)
-        gradients = network.gradient(at)
+        if inner.fan is None:
+            gradients = network.gradient(network.terms(weights, pairs.keys, pairs.values, form, c.surprise))
+        else:
+            gradients = network.gradient(_terms(weights, pairs, c, inner), c.surprise)
         surprise = Surprise(gradients, gradients)
         return surprise if rule.max_gradient_norm is None else limit(surprise, gradients, rule.max_gradient_norm)
-    at = at or network.terms(weights, pairs.keys, pairs.values, form)
+    at = at or _terms(weights, pairs, c, inner)
     to_weights = network.gradient(at, c.surprise if c.to_weights is None else c.to_weights)
     to_momentum = to_weights if c.to_momentum is None else network.gradient(at, c.to_momentum)
     surprise = Surprise(to_weights, to_momentum)
@@ -135,6 +140,12 @@ def _surprise(weights: Weights, pairs: Pairs, c: Coefficients, inner: Inner, at:
         return surprise
     weighted = to_weights if c.to_weights is None else network.gradient(at, c.surprise)
     return limit(surprise, weighted, rule.max_gradient_norm)
+
+
+def _terms(weights: Weights, pairs: Pairs, c: Coefficients, inner: Inner) -> Terms:
+    if inner.fan is None:
+        return network.terms(weights, pairs.keys, pairs.values, inner.form)
+    return Terms(*inner.fan(weights, pairs.keys, pairs.values, inner.form, c.surprise))
 
 
 def _schedule(k: int, inner: Inner) -> float:

@@ -38,7 +38,8 @@ _COEFFICIENTS = ("surprise", "to_weights", "to_momentum", "keep", "momentum_keep
 
 def covers(rule: RuleConfig, form: Form) -> bool:
     """Whether the backward pass of this rule is written down here."""
-    return rule.optimizer in ("sgd", "momentum") and rule.chunk_semantics == "chunk" and form.norm is None
+    plain = rule.chunk_semantics == "chunk" and rule.gradient == "exact"
+    return plain and rule.optimizer in ("sgd", "momentum") and form.norm is None
 
 
 def derived_step(
