@@ -131,7 +131,7 @@ class NeuralMemory(MemoryParts):
             form = replace(form, norm=(form.norm[0].detach(), form.norm[1].detach()))  # the second phase has it whole
         steps = self.config.inner_steps if controls.inner_steps is None else controls.inner_steps
         sizes = self.step_sizes(state["w0"]) * controls.sign
-        return Inner(self.config.rule, form, sizes, steps, access.derived)
+        return Inner(self.config.rule, form, sizes, steps, access.derived, self.fan)
 
     def _moved(self, hidden_BTH: Tensor, call: _Call) -> LayerState:
         """What tokens leave behind, beside writes."""
