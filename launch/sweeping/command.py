@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from launch.sweeping.errors import SweepError
-from launch.sweeping.executors import Executor, Hostfiles, Local
+from launch.sweeping.executors import Executor, Local
+from launch.sweeping.hostfiles import Hostfiles
 from launch.sweeping.space import read_value
 from launch.sweeping.study import Study, open_study
 from launch.sweeping.worker import Worker

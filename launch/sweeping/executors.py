@@ -1,31 +1,23 @@
 """Where trials run: slots, each for one trial at a time, and the command that starts a trial on one.
 
-`local` and `fork` have slots on this machine, on GPUs of their own where there are any; `hostfile` has groups of
-machines, each for one multi-node trial. Slots are this sweep process's alone: GPUs are locked on their machine for all
-studies, groups of machines in the study for all its sweep processes.
+The executors `local` and `fork` have slots on this machine, on GPUs of their own where there are any. A GPU is locked on
+its machine against all other sweeps, of any study.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
-import shlex
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from launch.sweeping.claims import Claims
 from launch.sweeping.errors import SweepError
-from launch.sweeping.keeper import BEATS_IN_LEASE
 from launch.sweeping.launch import Launch
-from launch.sweeping.processes import Identity
 from launch.sweeping.study import Study, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,20 +66,21 @@ class Local:
             _import_training(study)
 
     def _lock_gpus(self, gpus: list[str], slots: int | None) -> dict[str, list[str]]:
-        wanted, free = len(gpus) // self._ranks if slots is None else slots, []
+        wanted = max(len(gpus) // self._ranks, 1) if slots is None else slots
+        free = []
         for gpu in gpus:
-            lock = _try_lock(gpu)
+            lock = _try_lock(gpu) if len(free) < wanted * self._ranks else None
             if lock is not None:
                 self._locks.append(lock)
                 free.append(gpu)
         found = [free[n : n + self._ranks] for n in range(0, len(free) - self._ranks + 1, self._ranks)]
         if not found or (slots is not None and len(found) < slots):
-            taken = f"{len(gpus) - len(free)} of them in use by other sweeps"
+            self.release()
             raise SweepError(
-                f"no slot: {wanted or 1} of {self._ranks} GPU(s) asked for, {len(gpus)} GPU(s) here, {taken}. Ask for "
-                "fewer with --slots or --ranks, name others with --gpus, or wait"
+                f"no slot: {wanted} with {self._ranks} GPU(s) each asked for, {len(gpus)} GPU(s) here, {len(free)} of "
+                "them not in use by other sweeps. Ask for fewer with --slots or --ranks, name others with --gpus, or wait"
             )
-        return {"gpu" + "+".join(group): group for group in found[:wanted]}
+        return {"gpu" + "+".join(group): group for group in found}
 
     def launch(self, trial: Trial, slot: str) -> Launch:
         """Plain Python for one rank, the deepspeed launcher for more."""
@@ -113,109 +106,6 @@ class Local:
         for lock in self._locks:
             lock.close()
         self._locks.clear()
-
-
-@dataclass(frozen=True)
-class Group:
-    """Machines for one trial at a time: a hostfile, and the number of this process's claim on it."""
-
-    path: Path
-    hosts: tuple[str, ...]
-    claims: Claims
-    number: int
-
-
-class Hostfiles:
-    """A pool of hostfile groups: several multi-node trials side by side.
-
-    Args:
-        study: keeps the groups' files and claims.
-        files: hostfiles.
-        nodes: split each into groups of so many hosts; None takes each file as one group.
-        launcher: further options of the deepspeed launcher, such as `--launcher openmpi --ssh_port 2222`.
-        slots: how many groups at most; None for all that are free.
-        lease: seconds without a sign after which another sweep process takes a group over.
-    """
-
-    def __init__(
-        self, study: Study, files: list[Path], nodes: int | None, launcher: str, slots: int | None, lease: float
-    ) -> None:
-        self._study, self._launcher, self._lease, self._beaten = study, shlex.split(launcher), lease, 0.0
-        self._me, self._count = Identity.of(os.getpid()), 0
-        groups = [group for path in files for group in _groups(path, nodes)]
-        if not groups:
-            raise SweepError("no slot: the executor hostfile needs --hostfile FILE with at least one host")
-        self._groups = self._take(groups, slots)
-        self.slots = list(self._groups)
-
-    def _take(self, groups: list[list[str]], slots: int | None) -> dict[str, Group]:
-        found: dict[str, Group] = {}
-        for lines in groups:
-            if slots is None or len(found) < slots:
-                self._try(lines, found)
-        if not found:
-            raise SweepError(
-                f"no slot: all {len(groups)} groups of hosts are in use by other processes of {self._study.path}. "
-                f"A group whose process was killed on another machine is free {self._lease:.0f} s later"
-            )
-        return found
-
-    def _try(self, lines: list[str], found: dict[str, Group]) -> None:
-        hosts = tuple(line.split()[0] for line in lines)
-        name = hosts[0] if len(hosts) == 1 else f"{hosts[0]}+{len(hosts) - 1}"
-        place = self._study.path / "slots" / f"{name}-{hashlib.sha256(' '.join(hosts).encode()).hexdigest()[:6]}"
-        claims = Claims(place)
-        numbers = claims.numbers()
-        last = claims.read(numbers[-1]) if numbers else None
-        if last is not None and claims.ended(last.number) is None:
-            if not self._is_dead(claims, last):
-                return
-            claims.end(last.number, {"state": "lost"})
-        number = (numbers[-1] if numbers else 0) + 1
-        if claims.take(number, self._me, self._lease, {}):
-            (place / "hostfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            found[place.name] = Group(place / "hostfile", hosts, claims, number)
-
-    def _is_dead(self, claims: Claims, last: object) -> bool:
-        """Waits a lease for an owner elsewhere that gives no sign."""
-        limit = time.monotonic() + self._lease * (1 + 2 / BEATS_IN_LEASE)
-        beat = claims.last_beat(last.number)  # type: ignore[attr-defined]
-        while not claims.is_dead(last):  # type: ignore[arg-type]
-            if time.monotonic() > limit or claims.last_beat(last.number) != beat:  # type: ignore[attr-defined]
-                return False
-            time.sleep(min(1.0, self._lease / BEATS_IN_LEASE))
-        return True
-
-    def launch(self, trial: Trial, slot: str) -> Launch:
-        """`deepspeed --hostfile GROUP …`."""
-        group = self._groups[slot]
-        port = 29500 + 1 + list(self._groups).index(slot)
-        given = [] if "--master_port" in self._launcher else ["--master_port", str(port)]
-        program = (*RUNNER, "--hostfile", str(group.path), *given, *self._launcher, TRAIN)
-        hosts = tuple(host for host in group.hosts if host not in ("localhost", socket.gethostname()))
-        return Launch(trial.arguments, program, working_folder(self._study), {}, hosts, self._ssh(), slot)
-
-    def _ssh(self) -> tuple[str, ...]:
-        options = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
-        if "--ssh_port" in self._launcher:
-            return (*options, "-p", self._launcher[self._launcher.index("--ssh_port") + 1])
-        return options
-
-    def started(self, launch: Launch) -> None:
-        """The deepspeed launcher tells the other machines."""
-
-    def beat(self) -> None:
-        """Say that the groups are in use; OSError passes where the folder is away for a while."""
-        if time.monotonic() - self._beaten < self._lease / BEATS_IN_LEASE:
-            return
-        self._beaten, self._count = time.monotonic(), self._count + 1
-        for group in self._groups.values():
-            group.claims.beat(group.number, self._count, self._me)
-
-    def release(self) -> None:
-        """Give the groups back."""
-        for group in self._groups.values():
-            group.claims.end(group.number, {"state": "released"})
 
 
 def _import_training(study: Study) -> None:
@@ -253,17 +143,6 @@ def visible_gpus() -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         return []
     return [str(n) for n, line in enumerate(done.stdout.splitlines()) if line.startswith("GPU")]
-
-
-def _groups(path: Path, nodes: int | None) -> list[list[str]]:
-    if not path.is_file():
-        raise SweepError(f"the hostfile {path} does not exist")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    size = nodes or max(len(lines), 1)
-    if lines and len(lines) % size:
-        raise SweepError(f"{path} has {len(lines)} hosts, which don't make groups of {size}; change --nodes-per-trial")
-    return [lines[n : n + size] for n in range(0, len(lines), size)]
 
 
 def _try_lock(gpu: str) -> IO[str] | None:
