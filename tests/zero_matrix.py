@@ -31,11 +31,13 @@ from titans_ds.training.ranks import gather, on_rank_zero, sum_over
 from titans_ds.training.segments import RepositoryReader
 from titans_ds.training.settings import ModelSettings, OptimizerSettings, TrainingSettings
 from titans_ds.training.step import Carried, commit, run_passes
+from titans_ds.zero.adamw import SkippableAdamW
 from titans_ds.zero.config import complete_config
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
 from titans_ds.zero.loading import partitioned_loading
 
-LANES, SEGMENT, STEPS = 4, 16, 20
+LANES, SEGMENT, STEPS, SGD_LR = 4, 16, 20, 0.1
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 OPTIMIZER = OptimizerSettings(lr=2e-3, eps=1e-6, clip=1.0)
 
 
@@ -52,6 +54,10 @@ class Case:
     injection: str = "additive"
     titans_rule: bool = False
     lora: bool = False
+    second_order: str = "auto"
+    offload: bool = False
+    sgd: bool = False
+    offload_optimizer: bool = False
 
     @property
     def name(self) -> str:
@@ -61,22 +67,25 @@ class Case:
     @property
     def steps(self) -> int:
         """The path of losses is followed where nothing but the stage and the order differ."""
-        return STEPS if self == Case(self.stage, self.order) else 2
+        return STEPS if dataclasses.replace(self, second_order="auto") == Case(self.stage, self.order) else 2
 
     @property
     def settings(self) -> TrainingSettings:
         """Windows of 3 files."""
         return TrainingSettings(
             order=self.order,  # type: ignore[arg-type]
+            second_order=self.second_order,  # type: ignore[arg-type]
             window=3,
             accumulation=self.accumulation,
             checkpointing=self.checkpointing,
+            offload_activations=self.offload,
             loss_chunk_tokens=24,
         )
 
 
 def cases() -> list[Case]:
-    """The matrix, and beside it accumulation, everything trainable, bfloat16, injections, LoRA, and Titans' rule."""
+    """The matrix, and beside it accumulation, everything trainable, bfloat16, injections, LoRA, Titans' rule, and the
+    ways of second order. Plain SGD, since the first steps of Adam are the same for a gradient of any scale."""
     product = itertools.product(range(4), ("first", "second"), (False, True))
     matrix = [Case(stage, order, checkpointing) for stage, order, checkpointing in product]
     for stage in range(4):
@@ -84,8 +93,14 @@ def cases() -> list[Case]:
         matrix.append(Case(stage, "first", True, trainable="all"))
         matrix.append(Case(stage, "second", dtype="bfloat16"))
         matrix.append(Case(stage, "second", True, injection="mac"))
+        matrix.append(Case(stage, "second", second_order="window"))
+        matrix.append(Case(stage, "second", offload=True, sgd=True))
+        matrix.append(Case(stage, "second", True, offload=True, sgd=True, accumulation=2))
+        matrix.append(Case(stage, "second", second_order="through_base", trainable="all"))
+        matrix.append(Case(stage, "second", True, second_order="through_base", offload=True, sgd=True))
     for stage in (2, 3):
         matrix.append(Case(stage, "second", True, titans_rule=True))
+        matrix.append(Case(stage, "second", True, sgd=True, offload_optimizer=True))
         matrix.append(Case(stage, "second", injection="mag"))
         matrix.append(Case(stage, "first", True, injection="mal", lora=True))
     return matrix
@@ -110,11 +125,35 @@ def make_memory(case: Case) -> MemoryConfig:
     )
 
 
+class PlainSGD(SkippableAdamW):
+    """p <- p - lr g, where AdamW is expected."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter -= group["lr"] * parameter.grad
+        self.applied = True
+
+
+def make_case_optimizer(module: TrainingModule, case: Case) -> SkippableAdamW:
+    """Training's own, or SGD."""
+    optimizer = make_optimizer(module, OPTIMIZER)
+    return PlainSGD(optimizer.param_groups) if case.sgd else optimizer
+
+
 def make_module(case: Case) -> TrainingModule:
     """The same grafted model every time."""
     base = tiny_base("qwen3_5", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
     torch.manual_seed(1)
-    graft = GraftConfig(injection=case.injection, segment_tokens=SEGMENT, memory=make_memory(case))  # type: ignore[arg-type]
+    graft = GraftConfig(
+        injection=case.injection,  # type: ignore[arg-type]
+        persistent_tokens=2 if case.injection == "mac" else 0,
+        segment_tokens=SEGMENT,
+        memory=make_memory(case),
+    )
     lora = LoraSettings(rank=2, targets=["q_proj", "v_proj"]) if case.lora else None
     model = titans_ds.attach(base, graft, case.trainable == "memory", lora)
     for name, parameter in model.named_parameters():
@@ -135,6 +174,7 @@ def run(engine: Engine, lanes: Lanes, case: Case, world_size: int) -> dict[str, 
     """First step's loss and gradients, and the loss of every step."""
     names = [n for n, p in engine.module.named_parameters() if p.requires_grad]
     carried, losses, gradients = Carried(), [], {}
+    before = engine.parameters(names) if case.sgd else {}
     for step in range(case.steps):
         passes = run_passes(engine, lanes, carried, case.settings, world_size)
         loss = passes.loss_sum if world_size == 1 else sum_over(passes.loss_sum)
@@ -143,9 +183,12 @@ def run(engine: Engine, lanes: Lanes, case: Case, world_size: int) -> dict[str, 
             gradients = {
                 n: None if g is None else g.detach().float().clone() for n, g in engine.gradients(names).items()
             }
-        engine.step(OPTIMIZER.lr, skip=False)
+        engine.step(SGD_LR if case.sgd else OPTIMIZER.lr, skip=False)
         commit(passes, carried)
-    return {"losses": losses, "gradients": gradients, "state_bytes": engine.optimizer_state_bytes()}
+    after = engine.parameters(names) if case.sgd else {}
+    moved = {name: after[name].float() - before[name].float() for name in before}
+    state_bytes = engine.optimizer_state_bytes()
+    return {"losses": losses, "gradients": gradients, "moved": moved, "state_bytes": state_bytes}
 
 
 def compare(case: Case, reference: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +196,7 @@ def compare(case: Case, reference: dict[str, Any], ours: dict[str, Any]) -> dict
     bad = [n for n, g in reference["gradients"].items() if g is None or not g.any()]
     missing = [n for n, g in ours["gradients"].items() if g is None or not g.any()]
     errors = {
-        name: float((ours["gradients"][name] - g).norm() / g.norm())
+        name: _error(ours["gradients"][name], g)
         for name, g in reference["gradients"].items()
         if name not in bad and name not in missing
     }
@@ -164,11 +207,18 @@ def compare(case: Case, reference: dict[str, Any], ours: dict[str, Any]) -> dict
         "missing": missing,
         "worst_gradient": max(errors.items(), key=lambda item: item[1]) if errors else None,
         "num_gradients": len(errors),
+        "worst_move": max((_error(m, reference["moved"][n]), n) for n, m in ours["moved"].items())
+        if ours["moved"]
+        else None,
         "first_loss": abs(ours["losses"][0] - reference["losses"][0]),
         "loss_path": max(abs(a - b) for a, b in zip(ours["losses"], reference["losses"], strict=False)),
         "fell": reference["losses"][0] - reference["losses"][-1],
-        "state_share": ours["state_bytes"] / reference["state_bytes"],
+        "state_share": ours["state_bytes"] / max(reference["state_bytes"], 1),
     }
+
+
+def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 def spoil_one_rank(engine: DeepSpeedEngine[TrainingModule], lanes: Lanes, case: Case, rank: int) -> dict[str, Any]:
@@ -223,21 +273,24 @@ def main() -> None:
     references: dict[Case, dict[str, Any]] = {}
     results, loading = [], partitioned_base(world_size)
     for case in cases():
-        key = dataclasses.replace(case, stage=0, checkpointing=False)
+        one_graph = "through_base" if case.second_order == "through_base" else "window"
+        plain = {"stage": 0, "checkpointing": False, "offload": False, "offload_optimizer": False}
+        key = dataclasses.replace(case, second_order=one_graph, **plain)
+        clip = 0.0 if case.sgd else OPTIMIZER.clip
         if key not in references:
             module = make_module(key)
-            plain = TorchEngine(module, make_optimizer(module, OPTIMIZER), OPTIMIZER.clip, device)
-            references[key] = run(plain, make_lanes(corpus, 0, 1), key, 1)
+            alone = TorchEngine(module, make_case_optimizer(module, key), clip, device)
+            references[key] = run(alone, make_lanes(corpus, 0, 1), key, 1)
         module = make_module(case)
         config = complete_config(
-            {"zero_optimization": {"stage": case.stage}},
+            {"zero_optimization": {"stage": case.stage, **(OFFLOADED if case.offload_optimizer else {})}},
             rows=LANES // world_size,
-            backwards_per_step=case.accumulation * (3 if case.order == "first" else 1),
+            backwards_per_step=case.settings.backwards_per_step,
             world_size=world_size,
-            clip=OPTIMIZER.clip,
+            clip=clip,
             bf16=case.dtype == "bfloat16",
         )
-        engine = DeepSpeedEngine(module, make_optimizer(module, OPTIMIZER), config, device)
+        engine = DeepSpeedEngine(module, make_case_optimizer(module, case), config, device)
         results.append(
             compare(case, references[key], run(engine, make_lanes(corpus, rank, world_size), case, world_size))
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,19 @@ def replay(
         record = tape.records[index]
         inputs = (record.hidden, layer, tape.mask, tape.reset, replace(access, write=write, replay=record))
         if checkpointing:
-            outputs = checkpoint(grafted, *inputs, use_reentrant=False, preserve_rng_state=False)
+            answer, layer = checkpoint(_recomputed, grafted, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            outputs = grafted(*inputs)
-        answers.append(outputs[0])
-        layer = dict(outputs[2])
+            answer, _, layer, _ = grafted(*inputs)
+        answers.append(answer)
+        layer = dict(layer)
     return torch.cat(answers)
+
+
+def _recomputed(grafted: GraftedMemory, *inputs: Any) -> tuple[Tensor, LayerState]:
+    """What is done again in the backward pass, as soon as a tensor is missing: at once, for the product needs one.
+
+    Under ZeRO-3 a backward pass that is inside the memory's modules already would lose the parameters it gathered for
+    them, when the same modules' forward passes are done a second time and let go of them.
+    """
+    answer, _, layer, _ = grafted(*inputs)
+    return answer * torch.ones_like(answer), layer

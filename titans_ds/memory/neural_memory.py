@@ -95,24 +95,39 @@ class NeuralMemory(MemoryParts):
         source_BTH = hidden_BTH if access.through_base else hidden_BTH.detach()
         moved = self._moved(source_BTH, call)
         if not access.write:
-            return self._say(self._read(queries, call), queries, access), state | moved, {}
+            return self._say(self._read(queries, call), queries, call), state | moved, {}
         with access.writing():
             written = self.written(source_BTH, state, positions)
         if self.config.rule.chunk_size is None:
             read, new, stats = self._write_whole(queries, written, call)
         else:
             read, new, stats = self._write_chunks(queries, written, call, by_token=queries_ND is None)
-        return self._say(read, queries, access), state | moved | new, stats
+        return self._say(read, queries, call), state | moved | new, stats
 
     def initial_state(self, batch_size: int, like_BTH: Tensor) -> LayerState:
         """W_0 for every sample, fp32 (fp64 where it is), no momentum, no tokens before."""
         weights: list[Tensor] = [getattr(self, f"initial_w{level}") for level in range(self.config.depth)]
         return first_state(weights, batch_size, like_BTH, self.config, self.tail_length)
 
-    def _say(self, read_NTd: Tensor, queries: Tensor, access: Access) -> Tensor:
+    def _say(self, read_NTd: Tensor, queries: Tensor, call: _Call) -> Tensor:
+        access = call.access
         if access.replay is not None:
             return access.replay.answer(read_NTd)
-        return self.output(read_NTd if access.record is None else access.record.listen(queries, read_NTd))
+        if access.record is not None:
+            read_NTd = access.record.listen(queries, read_NTd) + self._nothing(access.record, call).to(read_NTd.dtype)
+        return self.output(read_NTd)
+
+    def _nothing(self, record: Record, call: _Call) -> Tensor:
+        """0, made of all that writes alone use: so that it gets a gradient, 0, in the first phase too.
+
+        ZeRO-3 adds a parameter's gradients to those of the step before, unless there is one in a step's first backward.
+        """
+        token = Positions.of(None, record.hidden.shape[0], 1, record.hidden.device)
+        written = self.written(record.hidden[:, :1], call.state, token)
+        own = [getattr(self, f"initial_w{level}") for level in range(self.config.depth)]
+        norm = self.form(1).norm or ()
+        used = [written.keys, written.values, written.logits, call.inner.step_sizes, *own, *norm]
+        return torch.stack([0 * t.to(call.inner.step_sizes.dtype).sum() for t in used]).sum()
 
     def _start(
         self, hidden_BTH: Tensor, state: LayerState | None, reset_B: Tensor | None, access: Access

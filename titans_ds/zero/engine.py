@@ -102,6 +102,8 @@ class DeepSpeedEngine(Generic[Module]):
         self._module, self._device, self.optimizer = module, device, optimizer
         optimizer.agree = _any_rank
         self._engine = import_deepspeed().initialize(model=module, optimizer=cast(Any, optimizer), config=config)[0]
+        offloaded = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+        self._offloaded = offloaded.get("device", "none") != "none"
 
     @property
     def module(self) -> Module:
@@ -123,9 +125,12 @@ class DeepSpeedEngine(Generic[Module]):
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of a loss; DeepSpeed averages over ranks, and must not divide by the number of passes."""
-        self._engine.backward(loss, scale_wrt_gas=False)
+        # At stage 0 it does divide where the loss is itself an output of the module; a product is none.
+        self._engine.backward(loss * 1, scale_wrt_gas=False)
         if not last:
             self._engine.step()  # counts the pass; parameters change at the last one only
+        elif self._offloaded:  # it has handed over only those parameters whose gradient came with the last pass
+            self._engine.optimizer.finalize_gradient_accumulation_boundary()
 
     def gradients(self, names: list[str]) -> dict[str, Tensor | None]:
         """Whole gradients, fp32."""
