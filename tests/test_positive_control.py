@@ -311,6 +311,7 @@ def test_runs_that_differ_in_seeds_make_one_table(tmp_path: Path, capsys: pytest
         (["--device", "toaster"], "expected cpu"),
         (["--merge", "/nowhere"], "can't be read"),
         (["--set", "architecture.model_type=toaster"], "toaster"),
+        (["--set", "graft.injection=prefix", "--set", "second_order=two_phase"], "through_base"),
     ],
 )
 def test_errors_say_what_to_do(

@@ -130,6 +130,11 @@ class GraftConfig:
             require(len(self.layers) > 0, "layers is an empty list; name at least one layer, or use 'attention'")
             require(len(set(self.layers)) == len(self.layers), f"layers {self.layers} names a layer twice")
 
+    @property
+    def extends_attention(self) -> bool:
+        """Whether attention layers get keys and values beside the text's."""
+        return self.injection in ("mac", "prefix") or self.persistent_tokens > 0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in adapter_config.json."""
         return dataclasses.asdict(self)

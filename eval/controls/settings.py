@@ -10,7 +10,7 @@ import yaml
 
 from titans_ds.config import GraftConfig, Order, check_choices
 from titans_ds.errors import ConfigError
-from titans_ds.training.settings import OptimizerSettings, SecondOrder
+from titans_ds.training.settings import ONE_GRAPH, OptimizerSettings, SecondOrder
 from titans_ds.validation import build
 
 from ..errors import EvalError
@@ -94,6 +94,11 @@ class ControlConfig:
         check_choices(self)
         if (self.minutes is None) == (self.steps is None):
             raise ConfigError("set either minutes or steps, the one not used to null")
+        if self.graft.injection == "prefix" and self.order == "second" and self.second_order not in ONE_GRAPH:
+            raise ConfigError(
+                f"second_order is {self.second_order!r}, but a prefix memory is written through the base model: use "
+                "through_base, or window, which takes the inner gradient as given"
+            )
 
 
 def load_control(

@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from titans_ds.config import PrefixConfig
 from titans_ds.errors import ConfigError
+from titans_ds.graft import families
 from titans_ds.graft.call import KEYWORD, Call
 from titans_ds.graft.injection import IN_FLIGHT, Flight, Ready
 from titans_ds.graft.reconstruction import losses_and_derivative, mean_losses
@@ -103,6 +104,18 @@ class PrefixCall(Call):
                 self.recorded[index] = Ready(key, value)
 
         return take
+
+
+def install(
+    base_model: nn.Module, config: PrefixConfig, layers: list[int]
+) -> tuple[PrefixMemory, list[RemovableHandle]]:
+    """A prefix memory for a base model, and the hooks of all its mixers; `layers` see the prefix."""
+    parameter = next(base_model.parameters())
+    memory = PrefixMemory(families.text_width(base_model), config)
+    handles: list[RemovableHandle] = []
+    for mixer in families.find_mixers(base_model):
+        handles += hook(mixer.module, mixer.index, mixer.index in layers)
+    return (memory if parameter.device.type == "meta" else memory.to(parameter.device)), handles
 
 
 def hook(mixer: nn.Module, index: int, grafted: bool) -> list[RemovableHandle]:

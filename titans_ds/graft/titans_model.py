@@ -75,15 +75,14 @@ class TitansModel(nn.Module):
         self._graft(mixers)
 
     def _graft(self, mixers: list[families.Mixer]) -> None:
-        if self._extends_attention:
+        if self.config.extends_attention:
             self._attention_before = mac.install(self.base_model, mixers)
         self._handles = [self.base_model.register_forward_pre_hook(bind, with_kwargs=True)]
-        width = families.text_width(self.base_model)
         if self.config.injection == "prefix":
-            self.prefix = prefix.PrefixMemory(width, self.config.prefix).to(self.device)
-            for mixer in families.find_mixers(self.base_model):
-                self._handles += prefix.hook(mixer.module, mixer.index, mixer.index in self.layer_indices)
+            self.prefix, handles = prefix.install(self.base_model, self.config.prefix, self.layer_indices)
+            self._handles += handles
             return
+        width = families.text_width(self.base_model)
         for mixer in mixers:
             memory = GraftedMemory(width, self.config, mixer.index)
             device = next(mixer.module.parameters()).device
@@ -95,17 +94,13 @@ class TitansModel(nn.Module):
         """Take the memories out again; returns the base model as it was given to `attach` (LoRA stays in it)."""
         for handle in self._handles:
             handle.remove()
-        if self._extends_attention:
+        if self.config.extends_attention:
             mac.uninstall(self.base_model, self._attention_before)
         for mixer in families.select_mixers(self.base_model, self.layer_indices if self.prefix is None else []):
             delattr(mixer.module, CHILD)
         for parameter in self._trainable_before:
             parameter.requires_grad_(True)
         return self.base_model
-
-    @property
-    def _extends_attention(self) -> bool:
-        return self.config.injection in ("mac", "prefix") or self.config.persistent_tokens > 0
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -204,8 +199,8 @@ class TitansModel(nn.Module):
         access = Access(write, graph, collect_stats, self._controls, through_base, derived)
         mask = attention_mask if write_mask is None else write_mask
         if self.prefix is not None and not self._disabled:
-            segment = prefix.Segment(input_ids, attention_mask, mask, state, reset)
-            return MemoryOutput(*prefix.read_write(self, self.prefix, segment, access))
+            given = prefix.Segment(input_ids, attention_mask, mask, state, reset)
+            return MemoryOutput(*prefix.read_write(self, self.prefix, given, access))
         if tape is not None:
             tape.mask, tape.reset = mask, reset
         call = None if self._disabled else Call(given=state, reset=reset, mask=mask, access=access, tape=tape)
@@ -318,10 +313,11 @@ class TitansModel(nn.Module):
         for start in range(0, ids.shape[1], size):
             piece, piece_mask = ids[:, start : start + size], mask[:, start : start + size]
             state = memory.state.layers
-            if self.prefix is not None:  # writes need no pass that reads
-                memory.state = MemoryState(prefix.prime(self, piece, piece_mask, state, self._controls))
-            else:
-                memory.state = MemoryState(self.read_write(piece, state=state, write_mask=piece_mask).state)
+            if self.prefix is None:
+                state = self.read_write(piece, state=state, write_mask=piece_mask).state
+            else:  # its writes need no pass that reads
+                state = prefix.prime(self, piece, piece_mask, state, self._controls)
+            memory.state = MemoryState(state)
 
     @torch.no_grad()
     def generate(
@@ -329,30 +325,26 @@ class TitansModel(nn.Module):
     ) -> Any:
         """The base model's `generate`, every step reading from the session (unwritten memory where None).
 
-        Neither prefill nor decoding writes. With `write_prompt` the prompt is primed into the session first, in
-        segments from its start, so that the result does not depend on how the prefill is split. Greedy search,
-        sampling and beam search work: all hypotheses of a sample share its memory.
+        Neither prefill nor decoding writes. Greedy search, sampling and beam search work: all hypotheses of a sample
+        share its memory.
 
         Args:
             input_ids: [B, T], left padded where lengths differ.
             memory: the session, B samples.
-            write_prompt: prime the prompt first.
+            write_prompt: prime the prompt first, in segments from its start, however the prefill is split.
             kwargs: of transformers' generate.
 
         Raises:
             StateError: the session has another batch size.
-            ConfigError: assistant_model (its own forward passes would have to read the memory too); beam search where
-                queries are convolved (each hypothesis would need a tail of its own).
+            ConfigError: see titans_ds.graft.generation.
         """
         check_options(self.base_model, kwargs, self._follows)
         if write_prompt:
             if memory is None:
                 raise ConfigError("generate: write_prompt needs a session to write into; pass memory=")
             self.prime(input_ids, memory, kwargs.get("attention_mask"))
-        call = self._reading(
-            None if memory is None else memory.state, input_ids.shape[0], num_hypotheses(self.base_model, kwargs)
-        )
-        with active(call):
+        state, times = None if memory is None else memory.state, num_hypotheses(self.base_model, kwargs)
+        with active(self._reading(state, input_ids.shape[0], times)):
             return self.base_model.generate(input_ids, **kwargs)  # type: ignore[operator]
 
     def _reading(self, state: MemoryState | None, batch_size: int, times: int = 1) -> Call | None:
