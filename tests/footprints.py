@@ -1,0 +1,112 @@
+"""What engines of every ZeRO stage hold and send, beside the formulas, on as many ranks as the launch has.
+
+    deepspeed --num_accelerators 2 tests/footprints.py OUT.json
+
+The table of docs/scaling.md comes from this, on 1 and on 2 ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from tests.packed_corpora import random_repos, write_packed
+from tests.zero_matrix import LANES, OPTIMIZER, SEGMENT, Case, make_lanes, make_module
+from titans_ds.training.optimizer import make_optimizer
+from titans_ds.training.step import Carried, commit, run_passes
+from titans_ds.zero import footprint
+from titans_ds.zero.config import complete_config
+from titans_ds.zero.engine import local_device, start_ranks
+from titans_ds.zero.measured import Watched, collectives
+
+BACKWARDS = 3
+BUCKET = 20_000  # DeepSpeed's default would be larger than the model
+
+
+def cases() -> list[Case]:
+    """Stages, precisions, and a frozen base or not."""
+    return [
+        Case(stage, dtype=dtype, trainable=trainable)
+        for stage in range(4)
+        for dtype in ("float32", "bfloat16")
+        for trainable in ("memory", "all")
+    ]
+
+
+def compare(case: Case, corpus: Path, device: torch.device) -> dict[str, Any]:
+    """One engine over two steps: formula and count, of memory at its peak and of the second step's collectives."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    module = make_module(case)
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    zero = {
+        "stage": case.stage,
+        "reduce_bucket_size": BUCKET,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,  # else parameters for the next pass are there early,
+        "stage3_max_live_parameters": 0,  # and those of a small model stay from one pass to the next
+        "stage3_max_reuse_distance": 0,
+    }
+    config = complete_config(
+        {"zero_optimization": zero},
+        rows=LANES // ranks,
+        backwards_per_step=BACKWARDS,
+        world_size=ranks,
+        clip=OPTIMIZER.clip,
+        bf16=case.dtype == "bfloat16",
+    )
+    engine = Watched(module, make_optimizer(module, OPTIMIZER), config, device)
+    lanes, carried = make_lanes(corpus, rank, ranks), Carried()
+    commit(run_passes(engine, lanes, carried, case.settings, ranks), carried)
+    engine.step(OPTIMIZER.lr, skip=False)
+    with collectives() as sent:
+        commit(run_passes(engine, lanes, carried, case.settings, ranks), carried)
+        engine.step(OPTIMIZER.lr, skip=False)
+    state = sum(t.numel() * t.element_size() for layer in (carried.state or {}).values() for t in layer.values())
+    model = footprint.Model(sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns), 0, 2, 32, 128)
+    setup = footprint.Setup(
+        case.stage,
+        ranks,
+        4 if case.dtype == "float32" else 2,
+        lanes=LANES // ranks,
+        segment_tokens=SEGMENT,
+        backwards=BACKWARDS,
+        loss_chunk_tokens=case.settings.loss_chunk_tokens,
+    )
+    return {
+        "case": dataclasses.asdict(case),
+        "ranks": ranks,
+        "formula": {
+            "parameters": footprint.parameter_bytes(model, setup),
+            "gradients": footprint.gradient_bytes(model, setup),
+            "optimizer": footprint.optimizer_bytes(model, setup),
+            **footprint.collective_bytes(model, setup),
+        },
+        "counted": {**dataclasses.asdict(engine.peak), **sent},
+        "largest_tensor": max(n for n, learns in sizes if learns) * setup.value_bytes,
+        "state_bytes_of_a_lane": state / (LANES // ranks),
+    }
+
+
+def main() -> None:
+    """Run the cases; rank 0 writes the results."""
+    torch.set_num_threads(1)
+    start_ranks()
+    device = local_device()
+    corpus = write_packed(Path(tempfile.mkdtemp()), {"train": random_repos(12, seed=3, files=4, most=SEGMENT + 1)})
+    results = [compare(case, corpus, device) for case in cases()]
+    if torch.distributed.get_rank() == 0:
+        Path(sys.argv[-1]).write_text(json.dumps(results, indent=1))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
