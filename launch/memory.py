@@ -46,6 +46,7 @@ def footprint(config: TrainConfig, settings: dict[str, Any], world_size: int) ->
         loss_chunk_tokens=config.training.loss_chunk_tokens,
         bytes_per_value=2 if config.model.dtype == "bfloat16" else 4,
         checkpointing=config.training.checkpointing,
+        offload_activations=config.training.offload_activations,
         stage=zero_stage(settings),
         ranks=world_size,
         offload_optimizer=_offloaded(zero, "offload_optimizer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 from launch.arguments import parse
 from titans_ds.config import GraftConfig
 from titans_ds.errors import ConfigError
+from titans_ds.memory import write_function
+from titans_ds.memory.network import Form
+from titans_ds.training.fits import Footprint, estimate_bytes
 from titans_ds.training.optimizer import lr_at
 from titans_ds.training.settings import (
     DataSettings,
@@ -81,6 +85,17 @@ def test_the_titans_rule_run_learns_through_every_part() -> None:
     assert all((rule.token_step_size, rule.token_momentum, rule.token_forget_gate, memory.features.convolution))
     with pytest.raises(ConfigError, match="first-order training gives it no gradient"):
         parse(["--config", str(ROOT / "launch/configs/v3_titans_rule.yaml"), "--training.order=first"])
+
+
+def test_the_second_order_run_goes_in_two_phases() -> None:
+    """Windows of 4 files; all that only writes use is learned, and its rule has a backward pass by hand."""
+    config, _ = parse(["--config", str(ROOT / "launch/configs/v3_second_order.yaml")])
+    assert config.graft is not None
+    memory, training = config.graft.memory, config.training
+    assert (training.scheme, training.window, training.backwards_per_step) == ("two_phase", 4, 5)
+    assert (memory.key_projection, memory.value_projection, memory.learn_step_size) == ("learned", "learned", True)
+    assert training.write_backward == "derived"
+    assert write_function.covers(memory.rule, Form())
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -200,6 +215,32 @@ def test_deepspeed_file_may_not_contradict_the_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"does not exist; try ds_configs/zero2.json"):
         read_config(tmp_path / "none.json")
     assert json.dumps(fixed)
+
+
+@pytest.mark.parametrize(
+    ("training", "segments"),
+    [({}, 1), ({"order": "second"}, 1), ({"order": "second", "second_order": "through_base"}, 3)],
+)
+def test_segments_in_graph(training: dict[str, Any], segments: int) -> None:
+    """Two phases keep the base graph of one segment; offload keeps what one layer works on."""
+    assert TrainingSettings(window=3, **training).segments_in_graph == segments
+    run = Footprint(
+        10**6, 10**4, 8, 64, 100, rows=2, segment_tokens=16, segments_in_graph=segments, loss_chunk_tokens=8
+    )
+    least = estimate_bytes(dataclasses.replace(run, segments_in_graph=1, offload_activations=True))
+    assert estimate_bytes(dataclasses.replace(run, offload_activations=True)) == least
+    assert estimate_bytes(run) - least == 2 * 16 * 64 * 34 * 2 * (8 * segments - 1)
+
+
+def test_a_prefix_takes_one_graph() -> None:
+    """It is written through the base model: two phases are replaced, and refused where asked for."""
+    data, model = DataSettings(corpus="C"), ModelSettings(base="B")
+    prefix = GraftConfig(injection="prefix")
+    config = TrainConfig(model, data, prefix, training=TrainingSettings(order="second", window=2))
+    assert (config.training.second_order, config.backwards_per_step) == ("through_base", 1)
+    asked = TrainingSettings(order="second", window=2, second_order="two_phase")
+    with pytest.raises(ConfigError, match=r"is 'two_phase', but graft.injection 'prefix' is written through the base"):
+        TrainConfig(model, data, prefix, training=asked)
 
 
 @pytest.mark.parametrize(

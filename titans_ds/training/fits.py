@@ -27,6 +27,7 @@ class Footprint:
         loss_chunk_tokens: tokens whose logits exist at a time.
         bytes_per_value: 2 for bfloat16, 4 for float32.
         checkpointing: activations are recomputed.
+        offload_activations: they wait in host memory.
         stage: of ZeRO; 0 for plain torch.
         ranks: number of ranks.
         offload_optimizer: the optimizer's state is elsewhere.
@@ -44,6 +45,7 @@ class Footprint:
     loss_chunk_tokens: int = 1024
     bytes_per_value: int = 2
     checkpointing: bool = False
+    offload_activations: bool = False
     stage: int = 0
     ranks: int = 1
     offload_optimizer: bool = False
@@ -57,6 +59,8 @@ def estimate_bytes(run: Footprint) -> int:
     optimizer = 0 if run.offload_optimizer else run.trained * _MASTER_AND_MOMENTS / _share(run, 1)
     tokens = run.rows * run.segment_tokens * run.segments_in_graph
     kept = run.layers + _ACTIVATIONS if run.checkpointing else run.layers * _ACTIVATIONS
+    if run.offload_activations:  # what one layer works on stays
+        tokens, kept = run.rows * run.segment_tokens, _ACTIVATIONS
     activations = tokens * run.hidden * kept * run.bytes_per_value
     logits = 3 * min(run.loss_chunk_tokens, tokens) * run.vocab * 4  # fp32: logits, their softmax, their gradient
     return int(weights + gradients + optimizer + activations + logits) + _CUDA_CONTEXT
@@ -80,6 +84,7 @@ def _ways(run: Footprint) -> list[tuple[str, int]]:
     small = replace(run, checkpointing=True, rows=1)
     changes = [
         ("training.checkpointing true", replace(run, checkpointing=True)),
+        ("training.offload_activations true", replace(run, offload_activations=True)),
         (f"data.num_lanes {run.ranks}", replace(run, rows=1)),
         (f"training.checkpointing true and data.num_lanes {run.ranks}", small),
         ("ds_configs/zero3.json with that", replace(small, stage=3)),
