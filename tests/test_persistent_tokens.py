@@ -80,7 +80,7 @@ def test_the_keys_and_values_are_those_of_the_layer_s_projections() -> None:
         grafted.gate.fill_(-90.0)  # nothing but the persistent tokens
         grafted.persistent.gate.fill_(0.3)
         hidden = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0))
-        cos, sin = base.model.rotary_emb(hidden, torch.zeros(1, 1, dtype=torch.long))
+        cos, _ = base.model.rotary_emb(hidden, torch.zeros(1, 1, dtype=torch.long))
         seen: list[torch.Tensor] = []
         handle = attention.register_forward_hook(lambda m, a, out: seen.append(out[0]))
         assert torch.equal(cos, torch.ones_like(cos)), "at position 0 the rotation is the identity"

@@ -55,7 +55,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """A GradMem-style memory (arXiv 2603.13875): prefix vectors written through the base model (titans_ds.graft.prefix).
+    """A GradMem-style memory: prefix vectors written through the base model (titans_ds.graft.prefix).
 
     Args:
         tokens: N vectors of the model's width, the memory of a sample.
@@ -124,7 +124,7 @@ class GraftConfig:
         require(self.segment_tokens >= 1, f"segment_tokens is {self.segment_tokens}; it must be 1 or more")
         require(
             self.injection != "prefix" or self.persistent_tokens == 0,
-            "injection 'prefix' has no persistent_tokens (its learned initial prefix is one); set persistent_tokens to 0",
+            "injection 'prefix' has no persistent_tokens (its initial prefix is learned); set persistent_tokens to 0",
         )
         if isinstance(self.layers, list):
             require(len(self.layers) > 0, "layers is an empty list; name at least one layer, or use 'attention'")
