@@ -1,8 +1,10 @@
-"""The Triton kernel of `chunk` against the loop in fp64: in Triton's interpreter, or on the GPU where there is one."""
+"""The fast paths of `chunk` against the loop in fp64: PyTorch, and Triton in its interpreter, or on the GPU where there
+is one."""
 
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ import torch
 from tests.kernel_memories import CASES, MOMENTUM, H, memory, run
 from titans_ds.errors import ConfigError
 from titans_ds.memory import Access, kernels
+from titans_ds.memory.kernels import chunk
 
-pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install triton)")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SUPPORTED = ("titans", "by chunk", "limited", "limited by chunk", "plain", "constant momentum")
 
@@ -20,6 +23,24 @@ def text(batch: int, tokens: int, seed: int) -> torch.Tensor:
     return torch.randn(batch, tokens, H, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
 
 
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("case", SUPPORTED)
+def test_pytorch_equals_chunk_after_chunk(case, graph, monkeypatch) -> None:
+    rng, (rule, settings) = random.Random(case), CASES[case]
+    for seed, loss in enumerate(("l2", "dot", "huber")):
+        monkeypatch.setattr(chunk, "_BLOCK_BYTES", rng.choice([1, 10_000, 2**20]))
+        made = memory(rule | {"loss": loss}, settings, rng.choice([1, 3, 4]), rng.choice([1, 2]), seed, "chunk")
+        h, mask = text(3, rng.randint(1, 23), seed).cpu(), None
+        if seed > 0:
+            mask = torch.rand(h.shape[:2], generator=torch.Generator().manual_seed(seed)) < 0.8
+            mask[0] = False
+        got, expected = (run(made, h, mask, kernel, graph) for kernel in ("torch", "loop"))
+        assert len(got) == len(expected)
+        for left, right in zip(got, expected, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-10)
+
+
+@needs_triton
 @pytest.mark.parametrize("seed", range(20))
 def test_random_shapes(seed) -> None:
     rng = random.Random(seed)
@@ -40,6 +61,7 @@ def test_random_shapes(seed) -> None:
         assert (left.double() - right).norm() <= 1e-4 * right.norm() + 1e-7, index
 
 
+@needs_triton
 @pytest.mark.parametrize("graph", [True, False])
 def test_half_precision_is_as_near_to_fp64_as_the_loop(graph) -> None:
     made = memory(MOMENTUM | {"max_gradient_norm": 0.5}, {"dim": 32}, 16, 2, 3, "chunk").to(DEVICE)
@@ -52,30 +74,41 @@ def test_half_precision_is_as_near_to_fp64_as_the_loop(graph) -> None:
     assert near[2].dtype == torch.float32
 
 
-def test_the_loop_is_left_out(monkeypatch) -> None:
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_the_loop_is_left_out(kernel, monkeypatch) -> None:
     made = memory(MOMENTUM, {}, 4, 1, 0, "chunk").float().to(DEVICE)
     monkeypatch.setattr("titans_ds.memory.chunks.write_chunk", None)
-    with kernels.choice("triton"):
+    with kernels.choice(kernel):
         made(text(1, 9, 0).float(), None, None, None, Access(write=True))
     with kernels.choice("loop"), pytest.raises(TypeError):
         made(text(1, 9, 0).float(), None, None, None, Access(write=True))
 
 
-def test_what_triton_does_not_do_is_refused_or_left_to_pytorch() -> None:
-    for rule, settings in (
-        ({"optimizer": "muon"}, {}),
-        ({}, {"depth": 3}),
-        ({}, {"dim": 256}),
-        ({"chunk_size": 200}, {}),
-    ):
-        made = memory(
-            *({k: v for k, v in rule.items() if k != "chunk_size"}, settings), rule.get("chunk_size", 4), 1, 0, "chunk"
-        )
-        made = made.float().to(DEVICE)
-        h = text(1, 9, 0).float()
-        with kernels.choice("triton"), pytest.raises(ConfigError, match="TITANS_DS_KERNEL is 'triton', but it does"):
-            made(h, None, None, None, Access(write=True))
+REFUSED = {
+    "muon": ({"optimizer": "muon"}, {}, 4),
+    "three matrices": ({}, {"depth": 3}, 4),
+    "wide": ({}, {"dim": 256}, 4),
+    "long chunks": ({}, {}, 200),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_triton_does_not_do_is_refused_or_left_to_pytorch(case) -> None:
+    rule, settings, chunk_size = REFUSED[case]
+    made, h = memory(rule, settings, chunk_size, 1, 0, "chunk").float().to(DEVICE), text(1, 9, 0).float()
+    with kernels.choice("triton"), pytest.raises(ConfigError, match="TITANS_DS_KERNEL is 'triton', but it does"):
         made(h, None, None, None, Access(write=True))
+    read, _, _ = made(h, None, None, None, Access(write=True))
+    assert torch.isfinite(read).all()
+
+
+def test_long_input_stays_finite() -> None:
+    made = memory(MOMENTUM | {"max_gradient_norm": 1.0}, {}, 256, 1, 0, "chunk").float().to(DEVICE)
+    h = text(1, 65_536, 2).float().requires_grad_()
+    read, state, _ = made(h, None, None, None, Access(write=True, graph=True))
+    (read.square().mean() + state["w0"].square().mean()).backward()
+    assert all(torch.isfinite(t).all() for t in (read, state["w0"], state["s1"], h.grad))
 
 
 def test_the_environment_chooses(monkeypatch) -> None:

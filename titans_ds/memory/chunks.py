@@ -171,13 +171,12 @@ def run(
     Returns:
         reads [N, R, C, D] (or None), and the fast weights after the last finished chunk.
     """
-    fused = (
-        run_span if kernels.spans(fast, inner) else run_chunk if kernels.chunks(fast, inner, work.pairs.keys) else None
-    )
-    if fused is not None:
+    engine = kernels.chunks(fast, inner, work.pairs.keys)
+    if engine is not None or kernels.spans(fast, inner):
         with writing():
             graph = torch.is_grad_enabled()
-        return fused(fast, work.pairs, work.coefficients, work.finished_NR, inner, queries_NRCD, graph)
+        given = (fast, work.pairs, work.coefficients, work.finished_NR, inner, queries_NRCD, graph)
+        return run_span(*given) if engine is None else run_chunk(*given, triton=engine == "triton")
     reads: list[Tensor] = []
     with writing():
         parts = _at_start(fast, work, inner) if inner.rule.chunk_semantics == "span" else None

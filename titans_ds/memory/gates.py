@@ -69,6 +69,10 @@ class Coefficients:
         """Those of one chunk: [N], and by token [N, C]."""
         return Coefficients(*(None if t is None else t[:, index] for t in vars(self).values()))  # type: ignore[arg-type]
 
+    def block(self, chunks: slice) -> Coefficients:
+        """Those of some chunks: [N, R], and by token [N, R, C]."""
+        return Coefficients(*(None if t is None else t[:, chunks] for t in vars(self).values()))  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class GateValues:

@@ -4,7 +4,7 @@ The environment variable TITANS_DS_KERNEL, or `choice`, says which one runs:
 
 - `auto`: the fastest one that supports the rule and the device;
 - `loop`: chunk after chunk in PyTorch, the specification;
-- `torch`: batched products in PyTorch where the rule allows it, no Triton;
+- `torch`: batched products and short loops in PyTorch where the rule allows it, no Triton;
 - `triton`: Triton, and an error where it does not support the rule or the device.
 """
 
@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,35 +53,39 @@ def choice(name: str) -> Iterator[None]:
 
 def spans(fast: Fast, inner: Inner) -> bool:
     """Whether `kernels.span` does this call: `span` with a rule that is linear in the gradients."""
-    rule = inner.rule
-    linear = rule.optimizer in ("sgd", "momentum") and inner.inner_steps == 1 and fast.steps is None
-    return linear and rule.chunk_semantics == "span" and chosen() != "loop"
+    return inner.rule.chunk_semantics == "span" and chosen() != "loop" and _linear(inner)
 
 
-def chunks(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> bool:
-    """Whether `kernels.chunk` does this call: `chunk`, two matrices that fit on the chip, a linear rule.
+def chunks(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> Literal["triton", "torch"] | None:
+    """Whether `kernels.chunk` does this call, `chunk` with two matrices and a linear rule, and with what.
 
     Raises:
-        ConfigError: `triton` is chosen, and it does not.
+        ConfigError: `triton` is chosen, and cannot do it.
     """
     name = chosen()
-    if name in ("loop", "torch") or inner.rule.chunk_semantics != "chunk" or inner.fan is not None:
-        return False
-    reason = _obstacle(fast, inner, keys_NRCD)
-    if reason is not None and name == "triton":
+    if name == "loop" or inner.rule.chunk_semantics != "chunk":
+        return None
+    able = _linear(inner) and len(fast.weights) == 2 and inner.form.norm is None
+    reason = None if able else "it does one step of sgd or momentum on two matrices without residual_norm"
+    reason = reason or _obstacle(fast, keys_NRCD)
+    if name == "triton" and reason is not None:
         raise ConfigError(f"TITANS_DS_KERNEL is 'triton', but {reason}. Set it to 'auto'")
-    return reason is None
+    if reason is None and name != "torch":
+        return "triton"
+    return "torch" if able and (name == "torch" or keys_NRCD.shape[1] > 1) else None
 
 
-def _obstacle(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> str | None:
+def _linear(inner: Inner) -> bool:
+    """Whether a write is linear in the exact gradient at its chunk's start (or the call's)."""
+    exact = getattr(inner, "fan", None) is None
+    return exact and inner.derived and inner.inner_steps == 1 and inner.rule.optimizer in ("sgd", "momentum")
+
+
+def _obstacle(fast: Fast, keys_NRCD: Tensor) -> str | None:
     """Why Triton cannot do it, or is not worth it."""
-    rule, form, (num_chunks, chunk, dim) = inner.rule, inner.form, keys_NRCD.shape[1:]
+    num_chunks, chunk, dim = keys_NRCD.shape[1:]
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if rule.optimizer not in ("sgd", "momentum") or inner.inner_steps != 1:
-        return f"it does one step of sgd or momentum, not {inner.inner_steps} of {rule.optimizer}"
-    if len(fast.weights) != 2 or form.norm is not None:
-        return "it does memories of two matrices without residual_norm"
     if max(dim, fast.weights[0].shape[1]) > MOST_WIDTH or chunk > MOST_CHUNK:
         return f"it does heads of up to {MOST_WIDTH} and chunks of up to {MOST_CHUNK} tokens"
     if keys_NRCD.dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -77,7 +77,7 @@ def finish(written: Written, weights_NOI: Tensor, momentum_NOI: Tensor | None) -
 
     def end(row: int, base: Tensor) -> Tensor:
         total = sum_of([w * a[:, num_chunks + row].unsqueeze(-1) for w, a in written.pairs[-1 if row else 0 :]])
-        return base + _wide(scaled(written.deltas, total).flatten(1, 2).mT, x, weights_NOI.dtype)
+        return base + wide_product(scaled(written.deltas, total).flatten(1, 2).mT, x, weights_NOI.dtype)
 
     kept = _per_row(t.weights[:, num_chunks]) * weights_NOI
     if momentum_NOI is None or t.momentum is None:
@@ -202,7 +202,7 @@ def _base_backward(
         return d_base, d_factors
     shape = d_reads.shape[:3]
     weighted = scaled(d_reads, factors_NE[:, :num_chunks, None].expand(shape)).flatten(1, 2)
-    d_base = d_base + _wide(weighted.mT, queries.flatten(1, 2), base.dtype)
+    d_base = d_base + wide_product(weighted.mT, queries.flatten(1, 2), base.dtype)
     along = (d_reads.flatten(1, 2) @ base.to(d_reads.dtype)).view(queries.shape)
     d_factors[:, :num_chunks] = (along * queries).sum(dim=(2, 3), dtype=d_factors.dtype)
     return d_base, d_factors
@@ -238,7 +238,7 @@ def sum_of(tensors: list[Tensor]) -> Tensor:
     return total
 
 
-def _wide(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right in a wider dtype than theirs, without a wide copy of them where the device can."""
     if left.dtype == dtype:
         return left @ right

@@ -1,7 +1,9 @@
-"""`chunk` with the fast weights on the chip: one Triton program per memory walks over its chunks (chunk_kernels.py).
+"""`chunk` in two parts: writes that walk over the chunks and hand out the weights that each of them reads, and reads
+that are large batched products.
 
-The kernel writes, and hands out the weights that each chunk reads; the reads are large batched products. Kept for the
-backward: the inputs, and those weights (and momentum) in the dtype of the keys.
+The writes are a Triton kernel that keeps the fast weights on the chip (chunk_kernels.py), or PyTorch (chunk_torch.py).
+Kept for the backward: the inputs, and the weights (and momentum) before every chunk in the dtype of the keys. A long
+text is cut in blocks of chunks, so that without a graph no more than a block's weights exist at a time.
 
 Legend of shape suffixes: N batch x heads, R chunks of C tokens, D width of a head, H hidden width.
 """
@@ -16,11 +18,14 @@ from torch import Tensor
 
 from titans_ds.memory import network
 from titans_ds.memory.gates import Coefficients
+from titans_ds.memory.kernels import chunk_torch
+from titans_ds.memory.kernels.chunk_torch import Inputs
 from titans_ds.memory.kernels.transfer import factors
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
 
+_BLOCK_BYTES = 256 * 2**20  # of the weights before the chunks of a block
 _LOSSES = {"l2": 0, "dot": 1, "huber": 2}
 
 
@@ -34,6 +39,7 @@ class Plan:
         momentum: there is an S.
         separate: its gradients are weighted otherwise than those of W.
         save_momentum: keep S of every chunk for the backward.
+        triton: which of the two writes.
     """
 
     form: Form
@@ -41,6 +47,7 @@ class Plan:
     momentum: bool
     separate: bool
     save_momentum: bool
+    triton: bool
 
     def options(self, keys_NRCD: Tensor, hidden: int) -> dict[str, Any]:
         """The kernels' compile-time arguments."""
@@ -77,6 +84,7 @@ def run_chunk(
     inner: Inner,
     queries_NRCD: Tensor | None,
     graph: bool,
+    triton: bool,
 ) -> tuple[Tensor | None, Fast]:
     """Read every chunk with the weights before it, and write all of them.
 
@@ -88,19 +96,37 @@ def run_chunk(
         inner: the inner problem; `kernels.chunks` says which ones are supported.
         queries_NRCD: by chunk; None reads nothing.
         graph: differentiate through the write.
+        triton: write with the Triton kernel.
     """
-    with torch.set_grad_enabled(graph):
-        states, new = _write(fast, pairs, c, finished_NR, inner, graph)
-    if queries_NRCD is None:
-        return None, new
+    reads = []
+    for block in _blocks(pairs.keys, fast):
+        part = Pairs(pairs.keys[:, block], pairs.values[:, block])
+        asked = None if queries_NRCD is None else queries_NRCD[:, block]
+        with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
+            states, new = _write(fast, part, c.block(block), finished_NR[:, block], inner, graph, triton)
+        if asked is not None:
+            reads.append(_read_block(fast, states, asked, inner.form, graph))
+        fast = new
+    return (torch.cat(reads, dim=1) if len(reads) > 1 else reads[0] if reads else None), fast
+
+
+def _blocks(keys_NRCD: Tensor, fast: Fast) -> list[slice]:
+    """Blocks of chunks, of about the same size."""
+    num_chunks = keys_NRCD.shape[1]
+    one = sum(w.numel() for w in fast.weights) * keys_NRCD.element_size()
+    count = -(-num_chunks // max(1, _BLOCK_BYTES // one))
+    size = -(-num_chunks // count)
+    return [slice(i, min(i + size, num_chunks)) for i in range(0, num_chunks, size)]
+
+
+def _read_block(fast: Fast, states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form, graph: bool) -> Tensor:
     if graph or not any(w.requires_grad for w in fast.weights):
-        return _read(states, queries_NRCD, inner.form), new
+        return _read(states, queries_NRCD, form)
     # In first order the first chunk alone still reads weights that lead somewhere.
-    first = network.forward(fast.weights, queries_NRCD[:, 0], inner.form).unsqueeze(1)
+    first = network.forward(fast.weights, queries_NRCD[:, 0], form).unsqueeze(1)
     if queries_NRCD.shape[1] == 1:
-        return first, new
-    rest = _read(tuple(s[:, 1:] for s in states), queries_NRCD[:, 1:], inner.form)
-    return torch.cat([first, rest], dim=1), new
+        return first
+    return torch.cat([first, _read(tuple(s[:, 1:] for s in states), queries_NRCD[:, 1:], form)], dim=1)
 
 
 def _read(states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form) -> Tensor:
@@ -109,7 +135,7 @@ def _read(states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form) -> Tenso
 
 
 def _write(
-    fast: Fast, pairs: Pairs, c: Coefficients, finished_NR: Tensor, inner: Inner, graph: bool
+    fast: Fast, pairs: Pairs, c: Coefficients, finished_NR: Tensor, inner: Inner, graph: bool, triton: bool
 ) -> tuple[tuple[Tensor, ...], Fast]:
     f = factors(c, finished_NR, inner.rule.has_momentum)
     ones = torch.ones_like(c.surprise[..., 0])
@@ -119,7 +145,7 @@ def _write(
     a = sizes * (to_weights * mask)
     b = a if c.to_momentum is None else sizes * (c.to_momentum * mask)
     norm = inner.rule.max_gradient_norm
-    plan = Plan(inner.form, norm, inner.rule.has_momentum, c.to_momentum is not None, graph)
+    plan = Plan(inner.form, norm, inner.rule.has_momentum, c.to_momentum is not None, graph, triton)
     scalars = [ones if t is None else t for t in (f.keep, f.momentum_keep, f.carry)]
     out = ChunkWrites.apply(  # type: ignore[no-untyped-call]
         plan, pairs.keys, pairs.values, a, b, c.surprise * mask, *scalars, *fast.weights, *fast.momentum
@@ -133,48 +159,61 @@ class ChunkWrites(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *given: Tensor) -> tuple[Tensor, ...]:
-        from titans_ds.memory.kernels.chunk_kernels import chunk_forward
-
-        inputs = [t.contiguous() for t in given[:8]]
+        inputs = Inputs(*(t.contiguous() for t in given[:8]))
         ends = [t.clone(memory_format=torch.contiguous_format) for t in given[8:]]
-        keys, hidden = inputs[0], ends[0].shape[1]
-        num_rows, num_chunks = keys.shape[:2]
-        states = [keys.new_empty(num_rows, num_chunks, *w.shape[1:]) for w in ends[: 4 if plan.save_momentum else 2]]
-        unused = ends[0]
-        w1, w2, s1, s2 = (*ends, unused, unused)[:4]
-        w1s, w2s, s1s, s2s = (*states, unused, unused)[:4]
-        saves = plan.save_momentum and plan.momentum
-        chunk_forward[(num_rows,)](
-            *inputs, w1, w2, s1, s2, w1s, w2s, s1s, s2s,
-            num_rows, num_chunks, *plan.numbers(),
-            SAVE_MOMENTUM=saves, **plan.options(keys, hidden),
-        )  # fmt: skip
+        shape = inputs.keys.shape[:2]
+        states = [inputs.keys.new_empty(*shape, *w.shape[1:]) for w in ends[: 4 if plan.save_momentum else 2]]
+        if plan.triton:
+            _launch_forward(plan, inputs, ends, states)
+        else:
+            chunk_torch.forward(inputs, plan.form, plan.max_gradient_norm, plan.separate, ends, states)
         if plan.save_momentum:
             ctx.plan = plan
-            ctx.save_for_backward(*inputs, *states)
+            ctx.save_for_backward(*vars(inputs).values(), *states)
         return (*states[:2], *ends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        from titans_ds.memory.kernels.chunk_kernels import chunk_backward
-
         plan: Plan = ctx.plan
-        inputs, states = list(ctx.saved_tensors[:8]), list(ctx.saved_tensors[8:])
+        inputs, states = Inputs(*ctx.saved_tensors[:8]), list(ctx.saved_tensors[8:])
         d_states = [d.contiguous() for d in d_outputs[:2]]
         d_ends = [d.clone(memory_format=torch.contiguous_format) for d in d_outputs[2:]]
-        found = [torch.zeros_like(t) if i >= 2 else torch.empty_like(t) for i, t in enumerate(inputs)]
-        keys, unused = inputs[0], d_ends[0]
-        (num_rows, num_chunks), hidden = keys.shape[:2], states[0].shape[2]
-        dw1, dw2, ds1, ds2 = (*d_ends, unused, unused)[:4]
-        w1s, w2s, s1s, s2s = (*states, unused, unused)[:4]
-        chunk_backward[(num_rows,)](
-            *inputs, w1s, w2s, s1s, s2s, *d_states, *found, dw1, dw2, ds1, ds2,
-            num_rows, num_chunks, *plan.numbers(), **plan.options(keys, hidden),
-        )  # fmt: skip
-        if not plan.separate:
-            found[3] = None  # type: ignore[call-overload]
-        return (None, *found, *d_ends)
+        found = Inputs(*(torch.zeros_like(t) for t in vars(inputs).values()))
+        if plan.triton:
+            _launch_backward(plan, inputs, states, d_states, found, d_ends)
+        else:
+            chunk_torch.backward(
+                inputs, plan.form, plan.max_gradient_norm, plan.separate, states, d_states, found, d_ends
+            )
+        return (None, *vars(found).values(), *d_ends)
+
+
+def _launch_forward(plan: Plan, inputs: Inputs, ends: list[Tensor], states: list[Tensor]) -> None:
+    from titans_ds.memory.kernels.chunk_kernels import chunk_forward
+
+    (num_rows, num_chunks), hidden = inputs.keys.shape[:2], ends[0].shape[1]
+    chunk_forward[(num_rows,)](
+        *vars(inputs).values(), *_four(ends), *_four(states), num_rows, num_chunks, *plan.numbers(),
+        SAVE_MOMENTUM=len(states) == 4, **plan.options(inputs.keys, hidden),
+    )  # fmt: skip
+
+
+def _launch_backward(
+    plan: Plan, inputs: Inputs, states: list[Tensor], d_states: list[Tensor], found: Inputs, d_ends: list[Tensor]
+) -> None:
+    from titans_ds.memory.kernels.chunk_kernels import chunk_backward
+
+    (num_rows, num_chunks), hidden = inputs.keys.shape[:2], states[0].shape[2]
+    chunk_backward[(num_rows,)](
+        *vars(inputs).values(), *_four(states), *d_states, *vars(found).values(), *_four(d_ends),
+        num_rows, num_chunks, *plan.numbers(), **plan.options(inputs.keys, hidden),
+    )  # fmt: skip
+
+
+def _four(tensors: list[Tensor]) -> list[Tensor]:
+    """The kernels' arguments for W and S: without momentum the last two are never looked at."""
+    return tensors if len(tensors) == 4 else [*tensors, *tensors]
 
 
 def _padded(size: int) -> int:
