@@ -1,7 +1,7 @@
 """Where trials run: slots, each for one trial at a time, and the command that starts a trial on one.
 
-The executors `local` and `fork` have slots on this machine, on GPUs of their own where there are any. A GPU is locked on
-its machine against all other sweeps, of any study.
+The executors `local` and `fork` have slots on this machine, on GPUs of their own where there are any. A GPU is locked
+on its machine against all other sweeps, of any study.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Local:
             self.release()
             raise SweepError(
                 f"no slot: {wanted} with {self._ranks} GPU(s) each asked for, {len(gpus)} GPU(s) here, {len(free)} of "
-                "them not in use by other sweeps. Ask for fewer with --slots or --ranks, name others with --gpus, or wait"
+                "them not in use by other sweeps. Ask for fewer with --slots or --ranks, name others with --gpus, or "
+                "wait"
             )
         return {"gpu" + "+".join(group): group for group in found}
 

@@ -98,8 +98,11 @@ class Hostfiles:
         group = self._groups[slot]
         port = 29500 + 1 + list(self._groups).index(slot)
         given = [] if "--master_port" in self._launcher else ["--master_port", str(port)]
+        here = group.hosts in (("localhost",), (socket.gethostname(),))
+        if len(group.hosts) == 1 and not here:
+            given.append("--force_multi")  # else the launcher starts a single host's ranks on this machine
         program = (*RUNNER, "--hostfile", str(group.path), *given, *self._launcher, TRAIN)
-        hosts = tuple(host for host in group.hosts if host not in ("localhost", socket.gethostname()))
+        hosts = () if here else group.hosts
         return Launch(trial.arguments, program, working_folder(self._study), {}, hosts, self._ssh(), slot)
 
     def _ssh(self) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ class Keeping:
         lease: of the claim, in seconds.
         grace: seconds that a trial has to end after it was asked to.
         log: file that takes what the trial prints.
-        pattern: regular expression for the command lines of its ranks on other machines.
+        pattern: regular expression for the command lines of its processes on other machines.
     """
 
     launch: Launch
@@ -95,8 +95,7 @@ class _Keeper:
         child = self.keeping.launch.start()
         code = self._watch(child)
         kill_descendants()
-        if self.keeping.launch.hosts and code != 0:
-            self._signal_hosts(signal.SIGKILL)
+        self._signal_hosts(signal.SIGKILL, self.keeping.pattern)  # whatever the code: launchers hide those of ranks
         return code
 
     def _watch(self, child: Child) -> int:
@@ -122,12 +121,11 @@ class _Keeper:
         if child.ask_to_stop():
             return
         ask_ranks_to_stop()
-        if self.keeping.launch.hosts:
-            self._signal_hosts(signal.SIGTERM)
+        self._signal_hosts(signal.SIGTERM, f"local_rank=.*{self.keeping.pattern}")  # ranks, not their launcher
 
-    def _signal_hosts(self, number: int) -> None:
+    def _signal_hosts(self, number: int, pattern: str) -> None:
         launch = self.keeping.launch
-        away = signal_remote(launch.hosts, launch.ssh, number, self.keeping.pattern)
+        away = signal_remote(launch.hosts, launch.ssh, number, pattern)
         if away:
             print(f"sweep: could not reach {', '.join(away)} to end the trial there", flush=True)
 

@@ -171,12 +171,12 @@ class Ledger:
                 os.kill(int(keeper["pid"]), signal.SIGKILL)
             kill_marked(str(details["mark"]))
         if details["hosts"]:
-            signal_remote(tuple(details["hosts"]), tuple(details["ssh"]), signal.SIGKILL, rank_pattern(trial))
+            signal_remote(tuple(details["hosts"]), tuple(details["ssh"]), signal.SIGKILL, run_pattern(trial))
 
 
-def rank_pattern(trial: Trial) -> str:
-    """Fits the command lines of the trial's ranks on other machines, and not those of launchers."""
-    return f"local_rank=.*--run.dir={re.escape(str(trial.run))}( |$)"
+def run_pattern(trial: Trial) -> str:
+    """Fits the command lines of the trial's ranks and launchers, on any machine."""
+    return f"--run.dir={re.escape(str(trial.run))}( |$)"
 
 
 def with_mark(attempt: Attempt, name: str) -> Launch:

@@ -17,6 +17,7 @@ import psutil
 
 MARK = "TITANS_SWEEP_ATTEMPT"  # in the environment of everything that an attempt starts
 TRAIN = "launch/train.py"
+_SSH_SECONDS = 20.0
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -74,7 +75,8 @@ def _start_of(pid: int) -> int | None:
 
 def die_with(parent: int, number: int) -> None:
     """Have the kernel send this process a signal when its parent ends, however that ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_SSH_SECONDS = 20.0
+_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:  # it ended before
         os.kill(os.getpid(), number)
 
@@ -148,7 +150,16 @@ def signal_remote(hosts: tuple[str, ...], ssh: tuple[str, ...], number: int, pat
         host: subprocess.Popen([*ssh, host, command], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for host in hosts
     }
-    return [host for host, process in running.items() if process.wait() != 0]
+    limit = time.monotonic() + _SSH_SECONDS
+    return [host for host, process in running.items() if _fails(process, limit)]
+
+
+def _fails(process: subprocess.Popen[bytes], limit: float) -> bool:
+    try:
+        return process.wait(max(0.1, limit - time.monotonic())) != 0
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait() != 0
 
 
 def out_of_memory_kills() -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from launch.sweeping import keeper, outcome
 from launch.sweeping.errors import SweepError
 from launch.sweeping.executors import Executor
-from launch.sweeping.ledger import Attempt, Ledger, rank_pattern, with_mark
+from launch.sweeping.ledger import Attempt, Ledger, run_pattern, with_mark
 from launch.sweeping.outcome import Outcome
 from launch.sweeping.points import show
 from launch.sweeping.processes import MARK, kill_marked, out_of_memory_kills
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _TICK, _SCAN, _LOOK = 0.1, 0.5, 0.25  # seconds between looks at processes, at the study folder, at metrics
 STOPPED = 143  # exit code
+_PATIENCE = 600.0  # seconds that the study folder may be away
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Worker:
         self.running: dict[str, Running] = {}
         self._signals, self._scanned, self._started = 0, 0.0, 0
         self._idle_since = time.monotonic()
+        self._trouble: float | None = None
 
     def run(self) -> int:
         """Work until every trial of the study has ended, here or elsewhere. Returns the exit code: 0; 143 where it was
@@ -89,7 +91,7 @@ class Worker:
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         before[keeper.STOP] = signal.signal(keeper.STOP, signal.SIG_IGN)  # a keeper has it so until it is ready
         try:
-            while not self._step():
+            while not self._try_step():
                 time.sleep(_TICK)
         finally:
             for running in self.running.values():
@@ -98,6 +100,20 @@ class Worker:
                 signal.signal(number, handler)
             self.executor.release()
         return STOPPED if self._signals else 0
+
+    def _try_step(self) -> bool:
+        """A round; the study folder may be away for a while. What a round could not write is found a lease later."""
+        try:
+            done = self._step()
+        except OSError as error:
+            if self._trouble is None:
+                self._trouble = time.monotonic()
+                self.say(f"the study folder can't be used now: {error}")
+            if time.monotonic() - self._trouble > max(self.lease, _PATIENCE):
+                raise SweepError(f"{self.study.path} could not be used for a long time: {error}") from error
+            return False
+        self._trouble = None
+        return done
 
     def _step(self) -> bool:
         """One round; whether all is done."""
@@ -147,7 +163,7 @@ class Worker:
             self.lease,
             self.grace,
             trial.log(attempt.number),
-            rank_pattern(trial),
+            run_pattern(trial),
         )
         status, kills = _signature(trial.run), out_of_memory_kills()
         self.executor.started(keeping.launch)
