@@ -75,8 +75,7 @@ def _start_of(pid: int) -> int | None:
 
 def die_with(parent: int, number: int) -> None:
     """Have the kernel send this process a signal when its parent ends, however that ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_SSH_SECONDS = 20.0
-_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:  # it ended before
         os.kill(os.getpid(), number)
 
