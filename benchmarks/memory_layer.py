@@ -82,6 +82,10 @@ def _chunk(shape: Shape, loop: bool) -> list[Case]:
     ]
     if loop:
         rows.append(Case(group, "titans-ds loop", shape.label, layer(shape, "loop", "chunk"), flops))
+    if 64 <= shape.head_dim <= 128:  # the Triton kernel's
+        for warps in (4, 8, 16):
+            make = layer(shape, "auto", "chunk", warps=warps)
+            rows.append(Case(group, f"titans-ds {warps} warps", shape.label, make, flops))
     return rows
 
 

@@ -15,6 +15,7 @@ from titans_ds.config import FeatureConfig, MemoryConfig, RuleConfig
 from titans_ds.memory import Access, NeuralMemory, chunks, kernels, network
 from titans_ds.memory.chunks import Work
 from titans_ds.memory.gates import Coefficients
+from titans_ds.memory.kernels import chunk
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
@@ -95,7 +96,9 @@ def stepper(forward: Callable[[], Tensor], leaves: Callable[[], list[Tensor]]) -
     return step
 
 
-def layer(shape: Shape, kernel: str, semantics: str, graph: bool = True) -> Callable[[torch.device], object]:
+def layer(
+    shape: Shape, kernel: str, semantics: str, graph: bool = True, warps: int | None = None
+) -> Callable[[torch.device], object]:
     """NeuralMemory as titans-pytorch has it: gates once a chunk, momentum, forget gate, all projections learned."""
 
     def make(device: torch.device) -> Callable[[bool], None]:
@@ -127,9 +130,22 @@ def layer(shape: Shape, kernel: str, semantics: str, graph: bool = True) -> Call
             with kernels.choice(kernel):
                 return memory(x, None, None, None, Access(write=True, graph=graph))[0]
 
-        return stepper(forward, lambda: [x, *memory.parameters()])
+        step = stepper(forward, lambda: [x, *memory.parameters()])
+        return step if warps is None else _with_warps(warps, step)
 
     return make
+
+
+def _with_warps(warps: int, step: Callable[[bool], None]) -> Callable[[bool], None]:
+    def run(backward: bool) -> None:
+        before = dict(chunk.WARPS)
+        chunk.WARPS.update(dict.fromkeys(chunk.WARPS, (warps, warps)))
+        try:
+            step(backward)
+        finally:
+            chunk.WARPS.update(before)
+
+    return run
 
 
 def core(shape: Shape, kernel: str, hidden: int) -> Callable[[torch.device], object]:

@@ -25,6 +25,7 @@ from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
 
+WARPS = {64: (8, 4), 128: (8, 8)}  # of a program, forward and backward, by the width that it is made for
 _BLOCK_BYTES = 256 * 2**20  # of the weights before the chunks of a block
 _LOSSES = {"l2": 0, "dot": 1, "huber": 2}
 
@@ -49,10 +50,10 @@ class Plan:
     save_momentum: bool
     triton: bool
 
-    def options(self, keys_NRCD: Tensor, hidden: int) -> dict[str, Any]:
+    def options(self, keys_NRCD: Tensor, hidden: int, backward: bool) -> dict[str, Any]:
         """The kernels' compile-time arguments."""
         chunk, dim = keys_NRCD.shape[2:]
-        wide = max(dim, hidden) > 64
+        warps = WARPS[64 if max(dim, hidden) <= 64 else 128]
         return {
             "C": chunk,
             "D": dim,
@@ -66,7 +67,7 @@ class Plan:
             "SEPARATE": self.separate,
             "LIMIT": self.max_gradient_norm is not None,
             "PRECISION": "tf32" if keys_NRCD.dtype != torch.float32 else "ieee",
-            "num_warps": 16 if wide else 8,
+            "num_warps": warps[backward],
             "num_stages": 1,
         }
 
@@ -176,7 +177,8 @@ class ChunkWrites(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        inputs, states = Inputs(*ctx.saved_tensors[:8]), list(ctx.saved_tensors[8:])
+        saved = ctx.saved_tensors  # once: under activation checkpointing they can't be asked for again
+        inputs, states = Inputs(*saved[:8]), list(saved[8:])
         d_states = [d.contiguous() for d in d_outputs[:2]]
         d_ends = [d.clone(memory_format=torch.contiguous_format) for d in d_outputs[2:]]
         found = Inputs(*(torch.zeros_like(t) for t in vars(inputs).values()))
@@ -195,7 +197,7 @@ def _launch_forward(plan: Plan, inputs: Inputs, ends: list[Tensor], states: list
     (num_rows, num_chunks), hidden = inputs.keys.shape[:2], ends[0].shape[1]
     chunk_forward[(num_rows,)](
         *vars(inputs).values(), *_four(ends), *_four(states), num_rows, num_chunks, *plan.numbers(),
-        SAVE_MOMENTUM=len(states) == 4, **plan.options(inputs.keys, hidden),
+        SAVE_MOMENTUM=len(states) == 4, **plan.options(inputs.keys, hidden, False),
     )  # fmt: skip
 
 
@@ -207,7 +209,7 @@ def _launch_backward(
     (num_rows, num_chunks), hidden = inputs.keys.shape[:2], states[0].shape[2]
     chunk_backward[(num_rows,)](
         *vars(inputs).values(), *_four(states), *d_states, *vars(found).values(), *_four(d_ends),
-        num_rows, num_chunks, *plan.numbers(), **plan.options(inputs.keys, hidden),
+        num_rows, num_chunks, *plan.numbers(), **plan.options(inputs.keys, hidden, True),
     )  # fmt: skip
 
 
