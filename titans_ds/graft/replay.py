@@ -42,10 +42,18 @@ def replay(
         if checkpointing:
             answer, layer = checkpoint(_recomputed, grafted, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            answer, _, layer, _ = grafted(*inputs)
+            answer, layer = _write(grafted, *inputs)
         answers.append(answer)
         layer = dict(layer)
     return torch.cat(answers)
+
+
+def _write(grafted: GraftedMemory, hidden: Tensor, *inputs: Any) -> tuple[Tensor, LayerState]:
+    """A record's answer, and the state after it. The hidden states may wait in host memory."""
+    access: Access = inputs[-1]
+    device = hidden.device if access.replay is None else access.replay.device
+    answer, _, layer, _ = grafted(hidden.to(device, non_blocking=True), *inputs)
+    return answer, layer
 
 
 def _recomputed(grafted: GraftedMemory, *inputs: Any) -> tuple[Tensor, LayerState]:
@@ -54,5 +62,5 @@ def _recomputed(grafted: GraftedMemory, *inputs: Any) -> tuple[Tensor, LayerStat
     Under ZeRO-3 a backward pass that is inside the memory's modules already would lose the parameters it gathered for
     them, when the same modules' forward passes are done a second time and let go of them.
     """
-    answer, _, layer, _ = grafted(*inputs)
+    answer, layer = _write(grafted, *inputs)
     return answer * torch.ones_like(answer), layer

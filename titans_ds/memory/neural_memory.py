@@ -86,7 +86,7 @@ class NeuralMemory(MemoryParts):
         positions = Positions.of(mask_BT, hidden_BTH.shape[0], hidden_BTH.shape[1], hidden_BTH.device)
         call = _Call(state, positions, unpack(state, self.config), self._inner(state, access), access, fresh)
         if access.replay is not None and access.replay.queries is not None:
-            queries = access.replay.queries
+            queries = access.replay.queries.to(hidden_BTH.device, non_blocking=True)
         elif queries_ND is None:
             queries = self.queries(hidden_BTH, state, positions, access.controls.query == "key")
         else:

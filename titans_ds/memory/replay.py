@@ -32,6 +32,9 @@ class Record:
     queries: Tensor | None = None
     read_gradient: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self.device = self.hidden.device
+
     def listen(self, queries: Tensor, read: Tensor) -> Tensor:
         """The read, which leaves its gradient here in the backward pass."""
         self.queries = queries.detach()
@@ -45,7 +48,13 @@ class Record:
         dtype = torch.promote_types(read.dtype, torch.float32)
         if self.read_gradient is None:
             return torch.zeros(1, dtype=dtype, device=read.device)
-        return (read.to(dtype) * self.read_gradient.to(dtype)).sum().view(1)
+        return (read.to(dtype) * self.read_gradient.to(read.device, dtype)).sum().view(1)
+
+    def to_host(self) -> None:
+        """Wait in host memory for the second phase."""
+        self.hidden = to_host(self.hidden)
+        self.queries = None if self.queries is None else to_host(self.queries)
+        self.read_gradient = None if self.read_gradient is None else to_host(self.read_gradient)
 
     def _hear(self, gradient: Tensor) -> None:
         self.read_gradient = gradient.detach()
@@ -69,3 +78,16 @@ class Tape:
         fresh = Record(hidden.detach())
         self.records.setdefault(index, fresh)
         return fresh
+
+    def to_host(self) -> None:
+        """Let all records wait in host memory."""
+        for record in self.records.values():
+            record.to_host()
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, of the same strides; from a GPU into pinned memory, in the order of its stream."""
+    gpu = tensor.device.type == "cuda"
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=gpu)
+    copy.copy_(tensor.detach(), non_blocking=gpu)
+    return copy

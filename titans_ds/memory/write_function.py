@@ -10,7 +10,8 @@ inner gradients are sums G_jl = sum_t c_jt d_lt x_lt^T, and what the outer loss 
 Its derivative goes up through the d_l (first to last level), to the error, and down through the z_l again.
 
 Covered: the optimizers sgd and momentum with all their gates, any depth, both activations, every loss, limits on the
-gradient's norm, several inner steps. Left to autograd: adamw, muon, chunk_semantics span and delta, and residual_norm.
+gradient's norm, several inner steps. Left to autograd: adamw, muon, chunk_semantics span and delta, gradient fan, and
+residual_norm.
 
 Legend of shape suffixes: N batch x heads, C tokens of a chunk, O/I a matrix's output/input width.
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from titans_ds.memory.replay import to_host
+
 LEAST_BYTES = 1 << 16  # smaller tensors stay: moving them costs more than they hold
 
 
@@ -26,10 +28,7 @@ class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
     def _pack(self, tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
         if tensor.nbytes < LEAST_BYTES or self._is_held(tensor):
             return tensor.detach() if tensor.grad_fn is not None else tensor  # an output would keep its own graph alive
-        gpu = tensor.device.type == "cuda"
-        host = torch.empty_like(tensor, device="cpu", pin_memory=gpu)
-        host.copy_(tensor.detach(), non_blocking=gpu)
-        return tensor.device, host
+        return tensor.device, to_host(tensor)
 
     def _unpack(self, packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
         if isinstance(packed, Tensor):

@@ -165,6 +165,8 @@ def _two_phase(part: _Part) -> None:
     for step, tape in zip(part.window, tapes, strict=True):
         part.engine.backward(part.forward(step, tape).loss_sum * part.scale, last=False)
         part.passes.state = detach(part.passes.state or {})
+        if part.offload:
+            tape.to_host()
     with part.keeping():
         through_writes = part.engine(Window(tapes, start, part.mode.derived))
     part.engine.backward(through_writes, last=part.last)
