@@ -116,7 +116,7 @@ def run(config: FanConfig) -> None:
     train, held_out = (
         reader(config, model, corpus, name) for name in (config.data.train_split, config.evaluation.split)
     )
-    before = measure(config, model, held_out)
+    before = measure(config, model, held_out, own=False)
     print(f"held out, untrained networks: cosine {before.mean:.3f}, whole gradients {before.whole:.3f}", flush=True)
     seconds = fit(config, model, train)
     after = measure(config, model, held_out)
@@ -163,9 +163,9 @@ def fit(config: FanConfig, model: TitansModel, train: RepositoryReader) -> float
     return time.monotonic() - start
 
 
-def measure(config: FanConfig, model: TitansModel, held_out: RepositoryReader) -> alignment.Alignment:
+def measure(config: FanConfig, model: TitansModel, held_out: RepositoryReader, own: bool = True) -> alignment.Alignment:
     """Cosines on the held-out split: as many segments of every lane as evaluation takes of a repository."""
-    return alignment.measure(model, lanes(config, held_out), config.evaluation.max_segments)
+    return alignment.measure(model, lanes(config, held_out), config.evaluation.max_segments, own)
 
 
 def downstream(config: FanConfig, model: TitansModel, held_out: RepositoryReader) -> dict[str, Any]:

@@ -115,6 +115,19 @@ def test_a_lesson_leaves_the_write_as_it_is_said_to_be() -> None:
         torch.testing.assert_close(ours(h, None, access=WRITE)[1]["w0"], exact(h, None, access=WRITE)[1]["w0"])
 
 
+def test_a_row_that_is_not_finite_teaches_nothing() -> None:
+    ours, h = memory(), hidden(3, 9, 12)
+    state = {name: tensor.clone() for name, tensor in ours.initial_state(3, h).items()}
+    state["w1"][1] = float("inf")
+    ours.fan.requires_grad_(True)
+    ours.fan.lesson = lesson = Lesson(True)
+    with torch.no_grad():
+        ours(h, state, torch.tensor([[True] * 9, [True] * 9, [False] * 9]), access=WRITE)
+    assert lesson.cosines[0].shape == (1,)
+    lesson.losses[0].backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in ours.fan.parameters())
+
+
 def test_the_cosine_is_that_of_the_gradients() -> None:
     ours, h = memory(), hidden(2, 9, 12)
     ours.fan.lesson = lesson = Lesson(False)

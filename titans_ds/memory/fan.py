@@ -41,8 +41,8 @@ class Lesson:
     Args:
         follow: which gradient is written meanwhile: the network's own, or the exact one.
         losses: of each write, to be minimised; scalars with a graph into the network.
-        cosines: of predicted with exact gradient, of each write and hidden matrix, [N]; NaN where nothing is written.
-        total: the same over all matrices, the exact last one included, [N].
+        cosines: of predicted with exact gradient, by write and hidden matrix, of the rows that wrote something.
+        total: the same over all matrices, the exact last one included.
     """
 
     follow: bool
@@ -117,27 +117,34 @@ class ForwardAlignment(nn.Module):
         shares_NC: Tensor,
     ) -> tuple[Weights, Weights]:
         """Note how the prediction compares with the exact gradient; what is written carries no graph of it."""
-        inputs, outputs, error = ([x.detach() for x in parts[0]], [z.detach() for z in parts[1]], parts[2].detach())
-        exact = network.terms(tuple(w.detach() for w in weights), pairs[0].detach(), pairs[1].detach(), form)
-        with torch.enable_grad():
-            predicted = self._deltas(inputs, outputs, error, form)
-            compare(lesson, Terms(tuple(inputs), predicted), exact, shares_NC)
-        return tuple(inputs), tuple(d.detach() for d in (predicted if lesson.follow else exact.deltas))
+        with torch.no_grad():
+            exact = network.terms(weights, pairs[0], pairs[1], form)
+            written = self._deltas(*parts, form) if lesson.follow else exact.deltas
+            rows = _teaching(network.gradient(exact, shares_NC))
+        if rows.numel():
+            inputs, outputs = ([x.detach()[rows] for x in part] for part in parts[:2])
+            with torch.enable_grad():
+                predicted = Terms(tuple(inputs), self._deltas(inputs, outputs, parts[2].detach()[rows], form))
+                right = Terms(tuple(inputs), tuple(d[rows] for d in exact.deltas))
+                compare(lesson, predicted, right, shares_NC[rows])
+        return tuple(x.detach() for x in parts[0]), written
+
+
+def _teaching(exact: Weights) -> Tensor:
+    """Rows whose gradient is one: finite, and of something written."""
+    norms = torch.stack([g.float().flatten(1).norm(dim=1) for g in exact])
+    return (torch.isfinite(norms) & (norms > _EPS)).all(dim=0).nonzero().squeeze(-1)
 
 
 def compare(lesson: Lesson, predicted: Terms, exact: Terms, shares_NC: Tensor) -> None:
     """Add 1 - cos + (log |predicted| / |exact|)^2 / 10 of every hidden matrix to the lesson, and the cosines."""
     ours, theirs = (network.gradient(terms, shares_NC) for terms in (predicted, exact))
     ours, theirs = (tuple(g.flatten(1).float() for g in gradients) for gradients in (ours, theirs))
-    there_N = torch.stack([g.norm(dim=1) > _EPS for g in theirs]).all(dim=0)
-    if not bool(there_N.any()):
-        return
     terms = []
     for mine, right in zip(ours[:-1], theirs[:-1], strict=True):
         cosine_N = F.cosine_similarity(mine, right, dim=1)
         ratio_N = torch.log((mine.norm(dim=1) + _EPS) / (right.norm(dim=1) + _EPS))
-        terms.append((1 - cosine_N + 0.1 * ratio_N.square())[there_N].mean())
-        lesson.cosines.append(cosine_N.detach().masked_fill(~there_N, math.nan))
+        terms.append((1 - cosine_N + 0.1 * ratio_N.square()).mean())
+        lesson.cosines.append(cosine_N.detach())
     lesson.losses.append(torch.stack(terms).mean())
-    whole = F.cosine_similarity(torch.cat(ours, dim=1), torch.cat(theirs, dim=1), dim=1)
-    lesson.total.append(whole.detach().masked_fill(~there_N, math.nan))
+    lesson.total.append(F.cosine_similarity(torch.cat(ours, dim=1), torch.cat(theirs, dim=1), dim=1).detach())

@@ -81,7 +81,7 @@ class AlignmentTrainer:
         settings: of AdamW.
         steps: in all.
         follow: which gradient writes the memories meanwhile: the states that the networks learn on. `alternate` changes
-            from step to step: exact ones keep the states sensible, their own are what they will meet.
+            from step to step after the warm-up: exact ones keep the states sensible, their own are what they will meet.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class AlignmentTrainer:
         for parameter in self._parameters:
             parameter.requires_grad_(True)
         for step in range(self.steps):
-            own = self.follow == "fan" or (self.follow == "alternate" and step % 2 == 1)
+            ready = step >= self.settings.warmup_steps and step % 2 == 1  # what untrained networks write is noise
+            own = self.follow == "fan" or (self.follow == "alternate" and ready)
             lessons = self._write(self.lanes.next().batch, own)
             yield step + 1, self._learn(lessons, lr_at(step, self.steps, self.settings)), summarise(lessons)
         for parameter in self._parameters:
@@ -157,12 +158,12 @@ def summarise(lessons: dict[int, Lesson]) -> Alignment:
     return Alignment(by_layer, _mean([cosine for lesson in lessons.values() for cosine in lesson.total]))
 
 
-def measure(model: TitansModel, lanes: Lanes, steps: int) -> Alignment:
-    """Alignment on segments that are not trained on, in memories that the networks write themselves."""
+def measure(model: TitansModel, lanes: Lanes, steps: int, own: bool = True) -> Alignment:
+    """Alignment on segments that are not trained on, in memories that the networks (or the exact gradient) write."""
     state: States | None = None
-    together = {index: Lesson(True) for index in networks(model)}
+    together = {index: Lesson(own) for index in networks(model)}
     for _ in range(steps):
-        lessons, state = observe(model, lanes.next().batch, state, own=True)
+        lessons, state = observe(model, lanes.next().batch, state, own)
         for index, lesson in lessons.items():
             together[index].cosines += lesson.cosines
             together[index].total += lesson.total
@@ -170,4 +171,4 @@ def measure(model: TitansModel, lanes: Lanes, steps: int) -> Alignment:
 
 
 def _mean(cosines: list[Tensor]) -> float:
-    return float(torch.cat(cosines).nanmean()) if cosines else float("nan")
+    return float(torch.cat(cosines).mean()) if cosines else float("nan")
