@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 
 from eval.figures import COLOURS, STYLE
 
-_LOSSES = (("memory", "-"), ("ablated", "--"), ("wrong", ":"))
+_LINES = (("memory", "-"), ("wrong", ":"))
+_LEAST_ROWS = 30
 
 
 def training_figure(
@@ -39,7 +40,7 @@ def training_figure(
 
 def _draw_losses(axes: Axes, arm: str, records: Sequence[Mapping[str, Any]], colour: str) -> None:
     steps = [record["step"] for record in records]
-    for mode, style in (_LOSSES[0], _LOSSES[2]):
+    for mode, style in _LINES:
         values = [r["losses"][mode]["mean"] - r["losses"]["ablated"]["mean"] for r in records]
         label = f"{arm}: {'memory' if mode == 'memory' else 'wrong memory'}"
         axes.plot(steps, values, style, color=colour, marker="o", markersize=3, label=label)
@@ -48,9 +49,14 @@ def _draw_losses(axes: Axes, arm: str, records: Sequence[Mapping[str, Any]], col
 def differences_figure(
     compared: Mapping[tuple[str, str], Mapping[str, Any]], contrasts: Sequence[tuple[str, str]]
 ) -> str:
-    """The target's negative log-likelihood, paired differences with 95% intervals; healed where there is a choice."""
+    """The target's negative log-likelihood, paired differences with 95% intervals; healed where there is a choice.
+
+    Benchmarks of fewer rows than _LEAST_ROWS are in the tables alone: their intervals would fill the figure.
+    """
     rows = []
     for (arm, benchmark), comparison in compared.items():
+        if next(iter(comparison["arms"].values()))["total"] < _LEAST_ROWS:
+            continue
         for contrast in comparison["contrasts"]:
             mode, _, boundary = contrast["arm"].partition("@")
             pair = (mode, contrast["against"].split("@")[0])
@@ -58,7 +64,7 @@ def differences_figure(
                 label = f"{arm}, {benchmark}: {pair[0]} − {pair[1]}"
                 rows.append((label, contrast["nll_target"], COLOURS[contrasts.index(pair)]))
     with matplotlib.rc_context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(8, 1 + 0.24 * len(rows)))
+        figure, axes = pyplot.subplots(figsize=(8, 1 + 0.24 * max(len(rows), 1)))
         for place, (_, test, colour) in enumerate(rows):
             low, high = (test["difference"] if test[key] is None else test[key] for key in ("low", "high"))
             reach = [[test["difference"] - low], [high - test["difference"]]]

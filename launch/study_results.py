@@ -1,6 +1,6 @@
 """The results of a study in one folder: tables (Markdown), figures (SVG), numbers (JSON), predictions by task id.
 
-OUT/results/ holds results.md, results.json, training.svg, differences.svg, metrics/ARM.jsonl.gz and
+OUT/results/ holds results.md, results.json.gz, training.svg, differences.svg, metrics/ARM.jsonl.gz and
 predictions/ARM--BENCHMARK.jsonl.gz. Predictions hold no prompt and no target: only task id, mode, boundary, the
 completion and its likelihoods.
 """
@@ -10,11 +10,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.files import write_json, write_text
+from eval.files import write_text
 from eval.tables import Table, reading
 from launch.study import Study
 from launch.study_figures import differences_figure, training_figure
@@ -57,7 +58,7 @@ def write_results(study: Study, place: Place) -> Path:
         "evaluations": [{"arm": a, "benchmark": b, **comparison} for (a, b), comparison in compared.items()],
         "made_with": {arm: made_with(study, place, arm) for arm in study.arms},
     }
-    write_json(out / "results.json", numbers)
+    write_gzip(out / "results.json.gz", [numbers])
     if held_out:
         write_text(out / "training.svg", training_figure(held_out, {a: gates(place.run(a)) for a in held_out}))
     if compared:
@@ -83,7 +84,7 @@ def gates(run: Path) -> list[tuple[int, list[float]]]:
 
 
 def made_with(study: Study, place: Place, arm: str) -> dict[str, Any]:
-    """Versions, commits, machine and commands, as the run folders have them."""
+    """Versions, commits, machine and commands (paths without their folders), as the run folders have them."""
     found: dict[str, Any] = {}
     if (versions := place.run(arm) / "versions.json").is_file():
         found["training"] = json.loads(versions.read_text())
@@ -92,6 +93,7 @@ def made_with(study: Study, place: Place, arm: str) -> dict[str, Any]:
             config = json.loads(path.read_text())
             names = ("command", "git_commit", "machine", "config_hash", "data_sha256", "adapter_sha256", "versions")
             found[benchmark] = {name: config.get(name) for name in names}
+            found[benchmark]["command"] = re.sub(r"/[^ ]*/", "", str(config.get("command")))
     return found
 
 
