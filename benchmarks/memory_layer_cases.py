@@ -15,7 +15,7 @@ from titans_ds.config import FeatureConfig, MemoryConfig, RuleConfig
 from titans_ds.memory import Access, NeuralMemory, chunks, kernels, network
 from titans_ds.memory.chunks import Work
 from titans_ds.memory.gates import Coefficients
-from titans_ds.memory.kernels import chunk
+from titans_ds.memory.kernels import launch
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
@@ -138,12 +138,12 @@ def layer(
 
 def _with_warps(warps: int, step: Callable[[bool], None]) -> Callable[[bool], None]:
     def run(backward: bool) -> None:
-        before = dict(chunk.WARPS)
-        chunk.WARPS.update(dict.fromkeys(chunk.WARPS, (warps, warps)))
+        before = dict(launch.WARPS)
+        launch.WARPS.update(dict.fromkeys(launch.WARPS, (warps, warps)))
         try:
             step(backward)
         finally:
-            chunk.WARPS.update(before)
+            launch.WARPS.update(before)
 
     return run
 

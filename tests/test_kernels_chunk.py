@@ -1,5 +1,5 @@
-"""The fast paths of `chunk` against the loop in fp64: PyTorch, and Triton in its interpreter, or on the GPU where there
-is one."""
+"""The fast paths of `chunk`, and the kernels of `span`, against the loop in fp64: PyTorch, and Triton in its
+interpreter, or on the GPU where there is one."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def test_pytorch_equals_chunk_after_chunk(case, graph, monkeypatch) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(28))
 def test_random_shapes(seed) -> None:
-    rng = random.Random(seed)
+    rng, semantics = random.Random(seed), "chunk" if seed < 20 else "span"
     rule, settings = CASES[SUPPORTED[seed % len(SUPPORTED)]]
     heads, tokens, batch = rng.choice([1, 2]), rng.randint(1, 21), rng.choice([1, 2])
     settings = settings | {"dim": heads * rng.choice([4, 16, 19]), "hidden_dim": rng.choice([None, 5, 33])}
     if seed % 4 == 1:
         rule = rule | {"loss": rng.choice(["dot", "huber"]), "huber_delta": 0.3}
-    made = memory(rule, settings, rng.choice([1, 3, 7, 16, 18]), heads, seed, "chunk").to(DEVICE)
+    made = memory(rule, settings, rng.choice([1, 3, 7, 16, 18]), heads, seed, semantics).to(DEVICE)
     h, graph = text(batch, tokens, seed), seed % 5 != 4
     mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < 0.7
     mask[0] = seed % 3 > 0  # nothing to write, or everything
@@ -62,9 +62,9 @@ def test_random_shapes(seed) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("graph", [True, False])
-def test_half_precision_is_as_near_to_fp64_as_the_loop(graph) -> None:
-    made = memory(MOMENTUM | {"max_gradient_norm": 0.5}, {"dim": 32}, 16, 2, 3, "chunk").to(DEVICE)
+@pytest.mark.parametrize(("semantics", "graph"), [("chunk", True), ("chunk", False), ("span", True)])
+def test_half_precision_is_as_near_to_fp64_as_the_loop(semantics, graph) -> None:
+    made = memory(MOMENTUM | {"max_gradient_norm": 0.5}, {"dim": 32}, 16, 2, 3, semantics).to(DEVICE)
     h = text(2, 40, 1).to(torch.bfloat16 if DEVICE == "cuda" else torch.float16)  # the interpreter has no bf16 products
     exact = run(made, h.double(), None, "loop", graph)
     near, loop = (run(made.float(), h, None, kernel, graph) for kernel in ("triton", "loop"))

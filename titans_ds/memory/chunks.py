@@ -171,12 +171,13 @@ def run(
     Returns:
         reads [N, R, C, D] (or None), and the fast weights after the last finished chunk.
     """
-    engine = kernels.chunks(fast, inner, work.pairs.keys)
-    if engine is not None or kernels.spans(fast, inner):
+    engine = kernels.engine(fast, inner, work.pairs.keys)
+    if engine is not None:
         with writing():
             graph = torch.is_grad_enabled()
+        all_chunks = run_span if inner.rule.chunk_semantics == "span" else run_chunk
         given = (fast, work.pairs, work.coefficients, work.finished_NR, inner, queries_NRCD, graph)
-        return run_span(*given) if engine is None else run_chunk(*given, triton=engine == "triton")
+        return all_chunks(*given, triton=engine == "triton")
     reads: list[Tensor] = []
     with writing():
         parts = _at_start(fast, work, inner) if inner.rule.chunk_semantics == "span" else None

@@ -51,28 +51,25 @@ def choice(name: str) -> Iterator[None]:
         _override.pop()
 
 
-def spans(fast: Fast, inner: Inner) -> bool:
-    """Whether `kernels.span` does this call: `span` with a rule that is linear in the gradients."""
-    return inner.rule.chunk_semantics == "span" and chosen() != "loop" and _linear(inner)
-
-
-def chunks(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> Literal["triton", "torch"] | None:
-    """Whether `kernels.chunk` does this call, `chunk` with two matrices and a linear rule, and with what.
+def engine(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> Literal["triton", "torch"] | None:
+    """What does this call, other than the loop: `kernels.chunk` or `kernels.span`, with Triton or in PyTorch alone.
 
     Raises:
         ConfigError: `triton` is chosen, and cannot do it.
     """
     name = chosen()
-    if name == "loop" or inner.rule.chunk_semantics != "chunk":
+    if name == "loop" or inner.rule.chunk_semantics == "delta":
         return None
-    able = _linear(inner) and len(fast.weights) == 2 and inner.form.norm is None
-    reason = None if able else "it does one step of sgd or momentum on two matrices without residual_norm"
+    two = len(fast.weights) == 2 and inner.form.norm is None
+    reason = None if _linear(inner) and two else "it does one step of sgd or momentum on two matrices, no residual_norm"
     reason = reason or _obstacle(fast, keys_NRCD)
     if name == "triton" and reason is not None:
         raise ConfigError(f"TITANS_DS_KERNEL is 'triton', but {reason}. Set it to 'auto'")
     if reason is None and name != "torch":
         return "triton"
-    return "torch" if able and (name == "torch" or keys_NRCD.shape[1] > 1) else None
+    if inner.rule.chunk_semantics == "chunk" and not (two and (name == "torch" or keys_NRCD.shape[1] > 1)):
+        return None
+    return "torch" if _linear(inner) else None
 
 
 def _linear(inner: Inner) -> bool:

@@ -1,8 +1,8 @@
 """Reading one matrix's states between chunks: linear attention over chunks, with its derivative.
 
-W_r = p_r W + m_r S + sum_s a_rs G_s, with G_s = sum_c w_sc delta_sc x_sc^T. A chunk's queries meet (A G)_r, one matrix
-product over all chunks of a block, beside two products with W and S themselves. Memory: two states a chunk, in the
-dtype of the keys, and only while a block of chunks is worked on.
+W_r = p_r W + m_r S + sum_s a_rs G_s. A chunk's queries meet (A G)_r, one matrix product over all chunks of a block,
+beside two products with W and S themselves. Memory: two states a chunk, in the dtype of the keys, and only while a
+block of chunks is worked on.
 
 Legend of shape suffixes: N batch x heads, R chunks of C tokens, E = R + 2 states (see transfer.py), I/O a matrix's
 input and output width.
@@ -19,179 +19,132 @@ from titans_ds.memory.kernels.transfer import Transfer
 
 _SPLIT = 4096  # entries of a state that one product of the factors' gradient sums over
 
+State = tuple[Tensor, Tensor | None]  # W and S, [N, O, I]
+
 
 @dataclass(frozen=True)
 class Written:
     """What the chunks of a block add to one matrix.
 
     Args:
-        inputs: x [N, R, C, I].
-        deltas: [N, R, C, O], in the same dtype.
-        to_weights, to_momentum: weights of the tokens [N, R, C]; to_momentum None where it is to_weights.
+        gradients: G^w, and G^m where it is another, [N, R, O, I].
         transfer: of the block, with the step size in the factors of the gradients.
     """
 
-    inputs: Tensor
-    deltas: Tensor
-    to_weights: Tensor
-    to_momentum: Tensor | None
+    gradients: list[Tensor]
     transfer: Transfer
 
     @property
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Token weights and factors: of G^w, and of G^m where it is another."""
-        first = [(self.to_weights, self.transfer.to_weights)]
-        if self.to_momentum is None or self.transfer.to_momentum is None:
-            return first
-        return [*first, (self.to_momentum, self.transfer.to_momentum)]
+    def factors(self) -> list[Tensor]:
+        """Of each of the gradients, [N, E, R]."""
+        t = self.transfer
+        return [t.to_weights] if t.to_momentum is None else [t.to_weights, t.to_momentum]
 
 
 @dataclass
 class Gradients:
-    """Of a loss, in what `attend` was given; those of `pairs` in their order."""
+    """Of a loss, in what `attend` was given; lists as in Written."""
 
     queries: Tensor | None
-    inputs: Tensor
-    deltas: Tensor
-    token_weights: list[Tensor]
+    gradients: list[Tensor]
     factors: list[Tensor]
     of_weights: Tensor
     of_momentum: Tensor | None
-    weights: Tensor
-    momentum: Tensor | None
+    start: State
 
 
-def attend(
-    queries: Tensor | None, written: Written, weights_NOI: Tensor, momentum_NOI: Tensor | None
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+def attend(queries: Tensor | None, written: Written, start: State) -> tuple[Tensor | None, State]:
     """q W_r^T for the queries of every chunk r [N, R, C, O], and W and S at the end, in their own dtype."""
-    reads = None if queries is None else _read(queries, _states(written), written.transfer, weights_NOI, momentum_NOI)
-    weights, momentum = finish(written, weights_NOI, momentum_NOI)
-    return reads, weights, momentum
-
-
-def finish(written: Written, weights_NOI: Tensor, momentum_NOI: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """W and S after the block, from its tokens: products of the keys' dtype, summed in the state's."""
-    t, num_chunks = written.transfer, written.inputs.shape[1]
-    x = written.inputs.flatten(1, 2)
-
-    def end(row: int, base: Tensor) -> Tensor:
-        total = sum_of([w * a[:, num_chunks + row].unsqueeze(-1) for w, a in written.pairs[-1 if row else 0 :]])
-        return base + wide_product(scaled(written.deltas, total).flatten(1, 2).mT, x, weights_NOI.dtype)
-
-    kept = _per_row(t.weights[:, num_chunks]) * weights_NOI
-    if momentum_NOI is None or t.momentum is None:
-        return end(0, kept), None
-    kept = kept + _per_row(t.momentum[:, num_chunks]) * momentum_NOI
-    return end(0, kept), end(1, _per_row(t.momentum[:, num_chunks + 1]) * momentum_NOI)
+    reads = None
+    if queries is not None:
+        weights, momentum = start
+        transposed = (weights.mT, None if momentum is None else momentum.mT)
+        reads = _through(queries, _states(written).mT, written.transfer, transposed)
+    return reads, _end(written, start)
 
 
 def attend_backward(
-    queries: Tensor | None,
-    written: Written,
-    start: tuple[Tensor, Tensor | None],
-    d_reads: Tensor | None,
-    d_end: tuple[Tensor, Tensor | None],
+    queries: Tensor | None, written: Written, start: State, d_reads: Tensor | None, d_end: State
 ) -> Gradients:
     """The derivative of `attend`, states recomputed.
 
     Args:
-        queries, written: as there.
-        start: W and S at the start of the block.
+        queries, written, start: as there.
         d_reads: in the reads, [N, R, C, O].
         d_end: in W and S at the end.
     """
-    x, (weights, momentum) = written.inputs, start
-    num_rows, num_chunks = x.shape[:2]
-    d_states = x.new_empty(num_rows, num_chunks + 2, *weights.shape[1:])
+    t, (num_rows, num_chunks) = written.transfer, written.gradients[0].shape[:2]
+    d_states = written.gradients[0].new_empty(num_rows, num_chunks + 2, *start[0].shape[1:])
     d_states[:, num_chunks] = d_end[0]
     d_states[:, num_chunks + 1] = 0 if d_end[1] is None else d_end[1]
     d_queries = None
     if queries is None or d_reads is None:
         d_states[:, :num_chunks] = 0
     else:
-        d_queries = read_backward(queries, written, start, d_reads)
+        d_queries = read_backward(written, start, d_reads)
         d_states[:, :num_chunks] = d_reads.mT @ queries
-    back = Gradients(d_queries, x, x, [], [], x, None, weights, momentum)
-    _into_gradients(written, d_states, back)
-    _into_start(queries, written.transfer, start, d_reads, d_end, back)
-    return back
+    flat = d_states.flatten(2)
+    d_factors = [_over_states(flat, g.flatten(2)).to(t.weights.dtype) for g in written.gradients]
+    d_gradients = [
+        (a.mT.to(g.dtype) @ flat).view(g.shape) for g, a in zip(written.gradients, written.factors, strict=True)
+    ]
+    d_weights, of_weights = _start_backward(queries, t.weights, start[0], d_reads, (d_end[0], None))
+    d_momentum = of_momentum = None
+    if start[1] is not None and t.momentum is not None:
+        d_momentum, of_momentum = _start_backward(queries, t.momentum, start[1], d_reads, d_end)
+    return Gradients(d_queries, d_gradients, d_factors, of_weights, of_momentum, (d_weights, d_momentum))
 
 
-def read_backward(queries: Tensor, written: Written, start: tuple[Tensor, Tensor | None], d_reads: Tensor) -> Tensor:
+def read_backward(written: Written, start: State, d_reads: Tensor) -> Tensor:
     """The derivative of the reads in the queries alone."""
-    return _through(d_reads, _states(written), written.transfer, start[0], start[1])
+    return _through(d_reads, _states(written), written.transfer, start)
 
 
 def _states(written: Written) -> Tensor:
     """(A G)_r of the chunks: [N, R, O, I]."""
-    num_chunks = written.inputs.shape[1]
+    num_chunks = written.gradients[0].shape[1]
     total: Tensor | None = None
-    for w, a in written.pairs:
-        g = _gradients(written, w).flatten(2)
-        a = a[:, :num_chunks].to(g.dtype)
-        total = a @ g if total is None else torch.baddbmm(total, a, g)
+    for g, a in zip(written.gradients, written.factors, strict=True):
+        a, flat = a[:, :num_chunks].to(g.dtype), g.flatten(2)
+        total = a @ flat if total is None else torch.baddbmm(total, a, flat)
     assert total is not None
-    return total.view(*total.shape[:2], written.deltas.shape[-1], written.inputs.shape[-1])
+    return total.view(written.gradients[0].shape)
 
 
-def _gradients(written: Written, token_weights: Tensor) -> Tensor:
-    return scaled(written.deltas, token_weights).mT @ written.inputs
-
-
-def _read(queries: Tensor, states: Tensor, t: Transfer, weights: Tensor, momentum: Tensor | None) -> Tensor:
-    return _through(queries, states.mT, t, weights.mT, None if momentum is None else momentum.mT)
-
-
-def _through(x: Tensor, states: Tensor, t: Transfer, weights: Tensor, momentum: Tensor | None) -> Tensor:
+def _through(x: Tensor, states: Tensor, t: Transfer, start: State) -> Tensor:
     """x_r (p_r W + m_r S + states_r), with the factors at full precision."""
     num_chunks, flat = x.shape[1], x.flatten(1, 2)
-    base = (flat @ weights.to(x.dtype)).view(*x.shape[:3], -1)
-    base = scaled(base, t.weights[:, :num_chunks, None].expand(x.shape[:3]))
-    if momentum is not None and t.momentum is not None:
-        other = (flat @ momentum.to(x.dtype)).view(base.shape)
-        base = base + scaled(other, t.momentum[:, :num_chunks, None].expand(x.shape[:3]))
-    product = torch.baddbmm(base.flatten(0, 1), x.flatten(0, 1), states.flatten(0, 1))
-    return product.view(base.shape)
 
+    def part(weights: Tensor, factors_NE: Tensor) -> Tensor:
+        product = (flat @ weights.to(x.dtype)).view(*x.shape[:3], -1)
+        return scaled(product, factors_NE[:, :num_chunks, None].expand(x.shape[:3]))
 
-def _into_gradients(written: Written, d_states: Tensor, back: Gradients) -> None:
-    """From the states' derivative to inputs, deltas, token weights and factors."""
-    x, deltas = written.inputs, written.deltas
-    flat, first = d_states.flatten(2), True
-    for w, a in written.pairs:
-        g = _gradients(written, w).flatten(2)
-        back.factors.append(_over_states(flat, g).to(a.dtype))
-        d_g = torch.matmul(a.mT.to(g.dtype), flat, out=g).view(*x.shape[:2], deltas.shape[-1], x.shape[-1])
-        along = x @ d_g.mT
-        back.token_weights.append((along * deltas).sum(dim=-1, dtype=w.dtype))
-        d_deltas, d_inputs = scaled(along, w), scaled(deltas, w) @ d_g
-        back.deltas = d_deltas if first else back.deltas + d_deltas
-        back.inputs = d_inputs if first else back.inputs + d_inputs
-        first = False
-
-
-def _into_start(
-    queries: Tensor | None,
-    t: Transfer,
-    start: tuple[Tensor, Tensor | None],
-    d_reads: Tensor | None,
-    d_end: tuple[Tensor, Tensor | None],
-    back: Gradients,
-) -> None:
-    """To W and S at the start, and to their factors."""
-    back.weights, back.of_weights = _base_backward(queries, t.weights, start[0], d_reads, (d_end[0], None))
+    base = part(start[0], t.weights)
     if start[1] is not None and t.momentum is not None:
-        back.momentum, back.of_momentum = _base_backward(queries, t.momentum, start[1], d_reads, d_end)
+        base = base.add_(part(start[1], t.momentum))
+    return torch.baddbmm(base.flatten(0, 1), x.flatten(0, 1), states.flatten(0, 1)).view(base.shape)
 
 
-def _base_backward(
-    queries: Tensor | None,
-    factors_NE: Tensor,
-    base: Tensor,
-    d_reads: Tensor | None,
-    d_end: tuple[Tensor, Tensor | None],
+def _end(written: Written, start: State) -> State:
+    """W and S after the block: products of the keys' dtype, summed in the state's."""
+    t, num_chunks = written.transfer, written.gradients[0].shape[1]
+    sums: Tensor | None = None
+    for g, a in zip(written.gradients, written.factors, strict=True):
+        part = precise_product(a[:, num_chunks:], g.flatten(2), start[0].dtype)
+        sums = part if sums is None else sums + part
+    assert sums is not None
+    gained = sums.view(sums.shape[0], 2, *start[0].shape[1:])
+    weights = _per_row(t.weights[:, num_chunks]) * start[0] + gained[:, 0]
+    if start[1] is None or t.momentum is None:
+        return weights, None
+    weights = weights + _per_row(t.momentum[:, num_chunks]) * start[1]
+    return weights, _per_row(t.momentum[:, num_chunks + 1]) * start[1] + gained[:, 1]
+
+
+def _start_backward(
+    queries: Tensor | None, factors_NE: Tensor, base: Tensor, d_reads: Tensor | None, d_end: State
 ) -> tuple[Tensor, Tensor]:
+    """To W (or S) at the start, and to its factors."""
     num_chunks = factors_NE.shape[1] - 2
     d_base, d_factors = _per_row(factors_NE[:, num_chunks]) * d_end[0], torch.zeros_like(factors_NE)
     d_factors[:, num_chunks] = (d_end[0] * base).sum(dim=(1, 2))
@@ -200,11 +153,10 @@ def _base_backward(
         d_factors[:, num_chunks + 1] = (d_end[1] * base).sum(dim=(1, 2))
     if queries is None or d_reads is None:
         return d_base, d_factors
-    shape = d_reads.shape[:3]
-    weighted = scaled(d_reads, factors_NE[:, :num_chunks, None].expand(shape)).flatten(1, 2)
+    weighted = scaled(d_reads, factors_NE[:, :num_chunks, None].expand(d_reads.shape[:3])).flatten(1, 2)
     d_base = d_base + wide_product(weighted.mT, queries.flatten(1, 2), base.dtype)
     along = (d_reads.flatten(1, 2) @ base.to(d_reads.dtype)).view(queries.shape)
-    d_factors[:, :num_chunks] = (along * queries).sum(dim=(2, 3), dtype=d_factors.dtype)
+    d_factors[:, :num_chunks] = along.mul_(queries).sum(dim=(2, 3), dtype=d_factors.dtype)
     return d_base, d_factors
 
 
@@ -230,12 +182,14 @@ def scaled(x: Tensor, factor: Tensor) -> Tensor:
     return torch.mul(x, factor.unsqueeze(-1), out=out)
 
 
-def sum_of(tensors: list[Tensor]) -> Tensor:
-    """Their sum."""
-    total = tensors[0]
-    for t in tensors[1:]:
-        total = total + t
-    return total
+def precise_product(factors: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """factors @ x in `dtype`, where x may be narrower: the factors as the sum of two numbers of its dtype."""
+    if x.dtype == dtype:
+        return factors @ x
+    high = factors.to(x.dtype)
+    both = torch.cat([high, (factors - high).to(x.dtype)], dim=1)
+    product = wide_product(both, x, dtype)
+    return product[:, : factors.shape[1]] + product[:, factors.shape[1] :]
 
 
 def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,14 +20,13 @@ from titans_ds.memory import network
 from titans_ds.memory.gates import Coefficients
 from titans_ds.memory.kernels import chunk_torch
 from titans_ds.memory.kernels.chunk_torch import Inputs
+from titans_ds.memory.kernels.launch import numbers, options
 from titans_ds.memory.kernels.transfer import factors
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
 
-WARPS = {64: (8, 4), 128: (8, 8)}  # of a program, forward and backward, by the width that it is made for
 _BLOCK_BYTES = 256 * 2**20  # of the weights before the chunks of a block
-_LOSSES = {"l2": 0, "dot": 1, "huber": 2}
 
 
 @dataclass(frozen=True)
@@ -49,32 +48,6 @@ class Plan:
     separate: bool
     save_momentum: bool
     triton: bool
-
-    def options(self, keys_NRCD: Tensor, hidden: int, backward: bool) -> dict[str, Any]:
-        """The kernels' compile-time arguments."""
-        chunk, dim = keys_NRCD.shape[2:]
-        warps = WARPS[64 if max(dim, hidden) <= 64 else 128]
-        return {
-            "C": chunk,
-            "D": dim,
-            "H": hidden,
-            "CB": _padded(chunk),
-            "DB": _padded(dim),
-            "HB": _padded(hidden),
-            "SILU": self.form.activation == "silu",
-            "LOSS": _LOSSES[self.form.loss],
-            "MOMENTUM": self.momentum,
-            "SEPARATE": self.separate,
-            "LIMIT": self.max_gradient_norm is not None,
-            "PRECISION": "tf32" if keys_NRCD.dtype != torch.float32 else "ieee",
-            "num_warps": warps[backward],
-            "num_stages": 1,
-        }
-
-    def numbers(self) -> tuple[float, float, float]:
-        """The kernels' scalars: norm limit, where huber turns, factor of the hidden layer."""
-        limit = 0.0 if self.max_gradient_norm is None else self.max_gradient_norm
-        return limit, self.form.huber_delta, self.form.hidden_scale
 
 
 def run_chunk(
@@ -196,8 +169,9 @@ def _launch_forward(plan: Plan, inputs: Inputs, ends: list[Tensor], states: list
 
     (num_rows, num_chunks), hidden = inputs.keys.shape[:2], ends[0].shape[1]
     chunk_forward[(num_rows,)](
-        *vars(inputs).values(), *_four(ends), *_four(states), num_rows, num_chunks, *plan.numbers(),
-        SAVE_MOMENTUM=len(states) == 4, **plan.options(inputs.keys, hidden, False),
+        *vars(inputs).values(), *_four(ends), *_four(states),
+        num_rows, num_chunks, *numbers(plan.form, plan.max_gradient_norm),
+        MOMENTUM=plan.momentum, SAVE_MOMENTUM=len(states) == 4, **_options(plan, inputs, hidden, False),
     )  # fmt: skip
 
 
@@ -209,15 +183,15 @@ def _launch_backward(
     (num_rows, num_chunks), hidden = inputs.keys.shape[:2], states[0].shape[2]
     chunk_backward[(num_rows,)](
         *vars(inputs).values(), *_four(states), *d_states, *vars(found).values(), *_four(d_ends),
-        num_rows, num_chunks, *plan.numbers(), **plan.options(inputs.keys, hidden, True),
+        num_rows, num_chunks, *numbers(plan.form, plan.max_gradient_norm),
+        MOMENTUM=plan.momentum, **_options(plan, inputs, hidden, True),
     )  # fmt: skip
+
+
+def _options(plan: Plan, inputs: Inputs, hidden: int, backward: bool) -> dict[str, Any]:
+    return options(inputs.keys, hidden, plan.form, plan.max_gradient_norm is not None, plan.separate, backward)
 
 
 def _four(tensors: list[Tensor]) -> list[Tensor]:
     """The kernels' arguments for W and S: without momentum the last two are never looked at."""
     return tensors if len(tensors) == 4 else [*tensors, *tensors]
-
-
-def _padded(size: int) -> int:
-    """The next power of two that a tensor core takes."""
-    return max(16, 1 << (size - 1).bit_length())

@@ -18,16 +18,15 @@ from torch import Tensor
 
 from titans_ds.memory import network
 from titans_ds.memory.gates import Coefficients
-from titans_ds.memory.kernels.attention import Written, attend, attend_backward, read_backward, sum_of
+from titans_ds.memory.kernels.attention import Gradients, State, Written, attend, attend_backward, read_backward
+from titans_ds.memory.kernels.gradients import Problem, Tensors, chunk_gradients, chunk_gradients_backward
 from titans_ds.memory.kernels.transfer import Factors, Transfer, factors, transfer
 from titans_ds.memory.network import Form, Weights
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
 
-_BLOCK_BYTES = 64 * 2**20  # of one matrix's states in a block
+_BLOCK_BYTES = 32 * 2**20  # of one matrix's states in a block; about six such exist at a time
 _MOST_CHUNKS = 64  # in a block: the factors are a matrix of chunks by chunks
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,20 +34,26 @@ class Plan:
     """What the tensors of a call mean.
 
     Args:
-        form: of f_W and its loss; its norm is among the tensors.
-        max_gradient_norm: see RuleConfig.
-        depth: number of matrices.
+        problem: of the inner gradients.
         names: of the tensors, in order.
         first_order: only the reads are differentiated, and W_0 only where the first chunk reads it.
         block: chunks worked on at a time.
     """
 
-    form: Form
-    max_gradient_norm: float | None
-    depth: int
+    problem: Problem
     names: tuple[str, ...]
     first_order: bool
     block: int
+
+    @property
+    def form(self) -> Form:
+        """f_W and its loss, without its norm."""
+        return self.problem.form
+
+    @property
+    def depth(self) -> int:
+        """Number of matrices."""
+        return self.problem.depth
 
     def blocks(self, num_chunks: int) -> Iterator[slice]:
         """In order."""
@@ -63,6 +68,7 @@ def run_span(
     inner: Inner,
     queries_NRCD: Tensor | None,
     graph: bool,
+    triton: bool,
 ) -> tuple[Tensor | None, Fast]:
     """Read every chunk with the weights before it, and write all of them.
 
@@ -74,14 +80,13 @@ def run_span(
         inner: the inner problem: sgd or momentum, one step.
         queries_NRCD: by chunk; None reads nothing.
         graph: differentiate through the write.
+        triton: the gradients of the chunks by the Triton kernel.
     """
     tensors = _tensors(fast, pairs, c, finished_NR, inner, graph)
     if queries_NRCD is not None:
         tensors["queries"] = queries_NRCD
     plan = Plan(
-        replace(inner.form, norm=None),
-        inner.rule.max_gradient_norm,
-        len(fast.weights),
+        Problem(replace(inner.form, norm=None), inner.rule.max_gradient_norm, len(fast.weights), triton),
         tuple(tensors),
         not graph,
         _block_size(pairs.keys, fast.weights),
@@ -126,15 +131,15 @@ class SpanMemory(torch.autograd.Function):
         given = dict(zip(plan.names, flat, strict=True))
         starts, hidden, reads = [_states(given, plan)], [], []
         for chunks in plan.blocks(given["keys"].shape[1]):
-            written, x = _prepare(_block(given, chunks), plan), None
-            if "queries" in given:
-                x = given["queries"][:, chunks]
+            block = _block(given, chunks)
+            sums, transfers = chunk_gradients(_of_gradients(block), plan.problem), _transfers(block)
+            x = block.get("queries")
             outputs: list[Tensor] = []
-            end: list[tuple[Tensor, Tensor | None]] = []
-            for level, (weight, momentum) in enumerate(starts[-1]):
+            end: list[State] = []
+            for level, start in enumerate(starts[-1]):
                 x = x if x is None or level == 0 else _activate(outputs[-1], plan.form)
-                out, weight, momentum = attend(x, written[level], weight, momentum)
-                end.append((weight, momentum))
+                out, new = attend(x, Written(sums[level], transfers[level]), start)
+                end.append(new)
                 outputs += [] if out is None else [out]
             starts.append(end)
             hidden.append(outputs[:-1])
@@ -155,7 +160,7 @@ class SpanMemory(torch.autograd.Function):
         return (None, *(found.get(name) for name in plan.names))
 
 
-def _states(given: Tensors, plan: Plan) -> list[tuple[Tensor, Tensor | None]]:
+def _states(given: Tensors, plan: Plan) -> list[State]:
     return [(given[f"w{i}"], given.get(f"s{i}")) for i in range(plan.depth)]
 
 
@@ -173,7 +178,7 @@ def _keep(ctx: Any, plan: Plan, flat: Sequence[Tensor], starts: list[Any], hidde
     ctx.save_for_backward(*flat, *between, *(t for block in hidden for t in block))
 
 
-def _kept(ctx: Any) -> tuple[Tensors, list[list[tuple[Tensor, Tensor | None]]], list[list[Tensor]]]:
+def _kept(ctx: Any) -> tuple[Tensors, list[list[State]], list[list[Tensor]]]:
     plan: Plan = ctx.plan
     saved = list(ctx.saved_tensors)
     given = dict(zip(plan.names, saved, strict=False))
@@ -186,38 +191,28 @@ def _kept(ctx: Any) -> tuple[Tensors, list[list[tuple[Tensor, Tensor | None]]], 
     return given, starts, [[saved.pop(0) for _ in range(levels)] for _ in blocks]
 
 
-def _prepare(given: Tensors, plan: Plan) -> list[Written]:
-    """Of a block, what every matrix is written with; differentiable."""
-    keys, values, surprise = given["keys"], given["values"], given["surprise"]
-    norm = (given["scale"], given["bias"]) if "scale" in given else None
-    weights = tuple(given[f"w{i}"] for i in range(plan.depth))
-    terms = network.terms(weights, keys.flatten(1, 2), values.flatten(1, 2), replace(plan.form, norm=norm))
-    inputs = [x.view(*keys.shape[:3], -1) for x in terms.inputs]
-    deltas = [d.view(*keys.shape[:3], -1) for d in terms.deltas]
-    to_weights, to_momentum = given.get("to_weights", surprise), given.get("to_momentum")
-    if plan.max_gradient_norm is not None:
-        limit = _limit(inputs, deltas, surprise, plan.max_gradient_norm).unsqueeze(-1)
-        to_weights = to_weights * limit
-        to_momentum = None if to_momentum is None else to_momentum * limit
+_TRANSFER = ("keep", "momentum_keep", "carry", "step_sizes")
+
+
+def _of_gradients(given: Tensors) -> Tensors:
+    """What the chunks' gradients depend on."""
+    return {n: t for n, t in given.items() if n not in _TRANSFER and n != "queries" and not _is_momentum(n)}
+
+
+def _is_momentum(name: str) -> bool:
+    return name[0] == "s" and name[1:].isdigit()
+
+
+def _transfers(given: Tensors) -> list[Transfer]:
+    """By matrix, with its step size in the factors of the gradients; differentiable."""
     f = Factors(given.get("keep"), given.get("momentum_keep"), given.get("carry"))
-    t = transfer(f, to_momentum is not None, surprise[..., 0])
-    return [
-        Written(x, d, to_weights, to_momentum, _with_step_size(t, -theta))
-        for x, d, theta in zip(inputs, deltas, given["step_sizes"], strict=True)
-    ]
+    t = transfer(f, "to_momentum" in given, given["surprise"][..., 0])
+    return [_with_step_size(t, -theta) for theta in given["step_sizes"]]
 
 
 def _with_step_size(t: Transfer, factor: Tensor) -> Transfer:
     to_momentum = None if t.to_momentum is None else t.to_momentum * factor
     return replace(t, to_weights=t.to_weights * factor, to_momentum=to_momentum)
-
-
-def _limit(inputs: list[Tensor], deltas: list[Tensor], surprise_NRC: Tensor, max_norm: float) -> Tensor:
-    """What brings a chunk's gradient, over all matrices, down to max_norm; its norm is a sum over pairs of tokens."""
-    square = sum_of([(x @ x.mT).to(surprise_NRC.dtype) * (d @ d.mT) for x, d in zip(inputs, deltas, strict=True)])
-    square = (surprise_NRC.unsqueeze(-2) @ square @ surprise_NRC.unsqueeze(-1)).flatten(-3).squeeze(-1)
-    square = square.view(surprise_NRC.shape[:2]).clamp(min=0)
-    return (max_norm / (square + 1e-12).sqrt()).clamp(max=1.0)
 
 
 def _activate(z: Tensor, form: Form) -> Tensor:
@@ -240,12 +235,13 @@ def _first_order(
     d_queries = []
     for index, chunks in enumerate(plan.blocks(given["keys"].shape[1])):
         block = _block(given, chunks)
-        written, d_x = _prepare(block, plan), d_outputs[0][:, chunks]
+        sums, transfers = chunk_gradients(_of_gradients(block), plan.problem), _transfers(block)
+        d_x = d_outputs[0][:, chunks]
         for level in reversed(range(plan.depth)):
             x = block["queries"] if level == 0 else _activate(hidden[index][level - 1], plan.form)
             if index == 0:
                 found[f"w{level}"] = d_x[:, 0].mT.to(given["w0"].dtype) @ x[:, 0].to(given["w0"].dtype)
-            d_x = read_backward(x, written[level], starts[index][level], d_x)
+            d_x = read_backward(Written(sums[level], transfers[level]), starts[index][level], d_x)
             d_x = d_x if level == 0 else _activate_backward(d_x, hidden[index][level - 1], plan.form)
         d_queries.append(d_x)
     return found | {"queries": d_queries[0] if len(d_queries) == 1 else torch.cat(d_queries, dim=1)}
@@ -277,55 +273,43 @@ def _second_order(
 
 
 def _block_backward(
-    block: Tensors,
-    start: list[tuple[Tensor, Tensor | None]],
-    hidden: list[Tensor],
-    plan: Plan,
-    d_x: Tensor | None,
-    d_end: list[tuple[Tensor, Tensor | None]],
-) -> tuple[Tensors, list[tuple[Tensor, Tensor | None]]]:
+    block: Tensors, start: list[State], hidden: list[Tensor], plan: Plan, d_x: Tensor | None, d_end: list[State]
+) -> tuple[Tensors, list[State]]:
     """Gradients in a block's tensors, and in W and S at its start."""
-    leaves = {n: t.detach().requires_grad_() for n, t in block.items() if n != "queries" and not _is_momentum(n)}
+    leaves = {n: t.detach().requires_grad_() for n, t in block.items() if n in _TRANSFER}
     with torch.enable_grad():
-        prepared = _prepare(leaves, plan)
+        transfers = _transfers(leaves | {n: block[n] for n in ("surprise", "to_momentum") if n in block})
+    sums = chunk_gradients(_of_gradients(block), plan.problem)
+    d_sums: list[list[Tensor]] = []
     outputs: list[Tensor] = []
     d_outputs: list[Tensor] = []
-    d_start: list[tuple[Tensor, Tensor | None]] = []
+    d_start: list[State] = []
     for level in reversed(range(plan.depth)):
         x = None
         if d_x is not None:
             x = block["queries"] if level == 0 else _activate(hidden[level - 1], plan.form)
-        back = attend_backward(x, _detached(prepared[level]), start[level], d_x, d_end[level])
-        d_start.insert(0, (back.weights, back.momentum))
-        _collect(prepared[level], back, outputs, d_outputs)
+        back = attend_backward(x, Written(sums.pop(), _detached(transfers[level])), start[level], d_x, d_end[level])
+        d_start.insert(0, back.start)
+        d_sums.insert(0, back.gradients)
+        _collect(transfers[level], back, outputs, d_outputs)
         d_x = back.queries
         if level > 0 and d_x is not None:
             d_x = _activate_backward(d_x, hidden[level - 1], plan.form)
     found = torch.autograd.grad(outputs, list(leaves.values()), d_outputs, allow_unused=True)
     gradients = {n: torch.zeros_like(t) if d is None else d for (n, t), d in zip(leaves.items(), found, strict=True)}
+    gradients |= chunk_gradients_backward(_of_gradients(block), plan.problem, d_sums)
     return gradients | ({} if d_x is None else {"queries": d_x}), d_start
 
 
-def _is_momentum(name: str) -> bool:
-    return name[0] == "s" and name[1:].isdigit()
-
-
-def _detached(w: Written) -> Written:
-    t = w.transfer
+def _detached(t: Transfer) -> Transfer:
     parts = (t.to_weights, t.to_momentum, t.weights, t.momentum)
-    plain = Transfer(*(None if p is None else p.detach() for p in parts))  # type: ignore[arg-type]
-    to_momentum = None if w.to_momentum is None else w.to_momentum.detach()
-    return Written(w.inputs.detach(), w.deltas.detach(), w.to_weights.detach(), to_momentum, plain)
+    return Transfer(*(None if p is None else p.detach() for p in parts))  # type: ignore[arg-type]
 
 
-def _collect(w: Written, back: Any, outputs: list[Tensor], d_outputs: list[Tensor]) -> None:
-    """Pair what `_prepare` made with the derivatives found, where it depends on anything."""
-    found = [(w.inputs, back.inputs), (w.deltas, back.deltas), (w.transfer.weights, back.of_weights)]
-    for (token_weights, a), d_w, d_a in zip(w.pairs, back.token_weights, back.factors, strict=True):
-        found += [(token_weights, d_w), (a, d_a)]
-    if w.transfer.momentum is not None:
-        found.append((w.transfer.momentum, back.of_momentum))
-    for t, d in found:
-        if t.requires_grad:
-            outputs.append(t)
+def _collect(t: Transfer, back: Gradients, outputs: list[Tensor], d_outputs: list[Tensor]) -> None:
+    """Pair the factors with their derivatives, where they depend on anything."""
+    pairs = list(zip(Written([], t).factors, back.factors, strict=True))
+    for factor, d in [*pairs, (t.weights, back.of_weights), (t.momentum, back.of_momentum)]:
+        if factor is not None and d is not None and factor.requires_grad:
+            outputs.append(factor)
             d_outputs.append(d)
