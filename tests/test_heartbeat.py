@@ -43,7 +43,7 @@ class Ranks:
 
 
 @pytest.mark.parametrize("silent", [0, 2])
-def test_all_others_leave_when_one_falls_silent(silent: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_others_leave_when_one_falls_silent(silent: int, caplog: pytest.LogCaptureFixture) -> None:
     """Rank 0 sees who is silent and tells the others, who watch rank 0 alone."""
     ranks, last_words = Ranks(3), []
     ranks.beats[1].last_words = last_words.append
@@ -53,7 +53,7 @@ def test_all_others_leave_when_one_falls_silent(silent: int, capsys: pytest.Capt
     ranks.wait(2)
     ranks.stop()
     assert ranks.left == dict.fromkeys({0, 1, 2} - {silent}, LOST)
-    said = capsys.readouterr().err
+    said = caplog.text
     assert said.count(f"error: rank {silent} on ") == 2
     assert "--resume auto" in said
     assert len(last_words) == 1

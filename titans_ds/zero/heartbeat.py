@@ -4,12 +4,13 @@ A collective with a rank that has vanished without a goodbye (power, network, a 
 timeout, which must be hours, since one rank may pack a corpus or write a large checkpoint while the others wait. So
 every rank counts up a key in the store of torch.distributed from a thread of its own. Rank 0 watches all of them, the
 others rank 0 and its verdict: a beat costs each rank a few small messages, and rank 0 one a rank. Whoever misses
-another for the limit says so on stderr and ends its process; the launcher does the same with the rest of its node.
+another for the limit logs it and ends its process; the launcher does the same with the rest of its node.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import re
 import socket
@@ -33,6 +34,7 @@ ADVICE = (
     "its newest checkpoint with --resume auto. On another number of ranks, first: "
     "python launch/universal_checkpoint.py RUN"
 )
+logger = logging.getLogger("titans_ds")
 _current: list[Heartbeat] = []
 
 
@@ -188,9 +190,9 @@ class Heartbeat:
 
 
 def say_lost(what: str, last_words: Callable[[str], None] | None = None) -> None:
-    """Print what was lost and what to do; then have the last words, if that takes no longer than five seconds."""
+    """Log what was lost and what to do; then have the last words, if that takes no longer than five seconds."""
     message = f"{what}. {ADVICE}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    logger.error("error: %s", message)
     if last_words is not None:
         thread = threading.Thread(target=last_words, args=(message,), daemon=True)
         thread.start()
