@@ -33,7 +33,7 @@ def make(rng: random.Random, semantics: str, rule: str, tiny: bool) -> tuple[Neu
     """A memory of random size whose gates are not the neutral ones that it starts with."""
     heads = rng.choice([1, 2, 4])
     config = MemoryConfig(
-        dim=heads * rng.choice([8, 12] if tiny else [48, 64, 128, 256]),
+        dim=heads * rng.choice([8, 12] if tiny else [48, 64, 256, 128 if rule == "plain" else 64]),
         heads=heads,
         write="token",
         step_size=0.05,
@@ -42,7 +42,7 @@ def make(rng: random.Random, semantics: str, rule: str, tiny: bool) -> tuple[Neu
         output_projection="learned",
         learn_initial_weights=True,
         features=FeatureConfig(activation="silu", normalize_keys=True),
-        rule=RuleConfig(chunk_size=rng.choice([16, 33, 64]), chunk_semantics=semantics, **RULES[rule]),  # type: ignore[arg-type]
+        rule=RuleConfig(chunk_size=rng.choice([33, 64]), chunk_semantics=semantics, **RULES[rule]),  # type: ignore[arg-type]
     )
     memory = NeuralMemory(256, config, 0)
     with torch.no_grad():

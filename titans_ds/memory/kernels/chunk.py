@@ -20,7 +20,7 @@ from titans_ds.memory import network
 from titans_ds.memory.gates import Coefficients
 from titans_ds.memory.kernels import chunk_torch
 from titans_ds.memory.kernels.chunk_torch import Inputs
-from titans_ds.memory.kernels.launch import numbers, options
+from titans_ds.memory.kernels.launch import WARPS, numbers, options
 from titans_ds.memory.kernels.transfer import factors
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
@@ -189,7 +189,8 @@ def _launch_backward(
 
 
 def _options(plan: Plan, inputs: Inputs, hidden: int, backward: bool) -> dict[str, Any]:
-    return options(inputs.keys, hidden, plan.form, plan.max_gradient_norm is not None, plan.separate, backward)
+    limited = plan.max_gradient_norm is not None
+    return options(inputs.keys, hidden, plan.form, limited, plan.separate, WARPS, backward)
 
 
 def _four(tensors: list[Tensor]) -> list[Tensor]:

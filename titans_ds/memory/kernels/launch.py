@@ -9,13 +9,21 @@ from torch import Tensor
 
 from titans_ds.memory.network import Form
 
-WARPS = {64: (8, 4), 128: (8, 8)}  # of a program, forward and backward, by the width that it is made for
+# Warps of a program, forward and backward, by the width that it is made for: chosen by spills, see docs/kernels.md.
+WARPS = {64: (8, 4), 128: (8, 8)}
+SPAN_WARPS = {64: (4, 4), 128: (8, 8)}
 _LOSSES = {"l2": 0, "dot": 1, "huber": 2}
 _ORDER = ("keys", "values", "surprise", "to_weights", "to_momentum")
 
 
 def options(
-    keys_NRCD: Tensor, hidden: int, form: Form, limited: bool, separate: bool, backward: bool
+    keys_NRCD: Tensor,
+    hidden: int,
+    form: Form,
+    limited: bool,
+    separate: bool,
+    warps: dict[int, tuple[int, int]],
+    backward: bool,
 ) -> dict[str, Any]:
     """Sizes, and which rule."""
     chunk, dim = keys_NRCD.shape[2:]
@@ -31,7 +39,7 @@ def options(
         "SEPARATE": separate,
         "LIMIT": limited,
         "PRECISION": "tf32" if keys_NRCD.dtype != torch.float32 else "ieee",
-        "num_warps": WARPS[64 if max(dim, hidden) <= 64 else 128][backward],
+        "num_warps": warps[64 if max(dim, hidden) <= 64 else 128][backward],
         "num_stages": 1,
     }
 
@@ -59,7 +67,7 @@ def span_forward(given: dict[str, Tensor], form: Form, max_gradient_norm: float 
     ]
     span_forward[(num_rows * num_chunks,)](
         *tensors, sums[0][0], sums[1][0], sums[0][-1], sums[1][-1], num_chunks, *numbers(form, max_gradient_norm),
-        **options(keys, hidden, form, max_gradient_norm is not None, separate, False),
+        **options(keys, hidden, form, max_gradient_norm is not None, separate, SPAN_WARPS, False),
     )  # fmt: skip
     return sums
 
@@ -78,7 +86,7 @@ def span_backward(
     span_backward[(num_rows * num_chunks,)](
         *tensors, d_sums[0][0], d_sums[1][0], d_sums[0][-1], d_sums[1][-1], *found,
         num_chunks, *numbers(form, max_gradient_norm),
-        **options(keys, hidden, form, max_gradient_norm is not None, separate, True),
+        **options(keys, hidden, form, max_gradient_norm is not None, separate, SPAN_WARPS, True),
     )  # fmt: skip
     by_name = dict(zip(_ORDER, found, strict=True))
     # The kernel leaves each chunk's share there: added up like this, and not by atomics, every run is the same.
