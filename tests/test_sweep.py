@@ -213,6 +213,23 @@ def test_ends_that_are_no_crash_of_the_sweep(place: Path, forks: Forks, tmp_path
     assert "out_of_memory" in (study / "report.html").read_text()
 
 
+def test_a_broken_machine_does_not_fail_the_study(place: Path, forks: Forks, tmp_path: Path) -> None:
+    """The process stops after some failures; once the cause is mended, the study goes on to its end."""
+    corpus = tmp_path / "corpus"
+    settings = {"data.corpus": str(corpus), "training.steps": 1, "evaluation.interval": 1}
+    space = write_space(place, "broken", {"training.seed": [0, 1, 2, 3, 4]}, settings=settings)
+    study = tmp_path / "broken"
+    code, text = forks.run(tmp_path / "broken1.log", *arguments(space, study))
+    assert code == 2
+    assert "8 attempts in a row have failed here" in text
+    assert "Traceback" not in text
+    assert [r.state for r in read_results(Study(study))] == ["waiting"] * 5
+    corpus.symlink_to(place / "corpus")
+    code, text = forks.run(tmp_path / "broken2.log", *arguments(space, study))
+    assert code == 0, text
+    assert [r.state for r in read_results(Study(study))] == ["complete"] * 5
+
+
 def test_stopped_and_hanging_trials_go_on(place: Path, forks: Forks, tmp_path: Path) -> None:
     """SIGTERM saves the trial; a keeper that hangs is replaced, and its trial killed first."""
     settings = {"training.steps": 300, "evaluation.interval": 300, "checkpoint.interval": 20}
@@ -244,9 +261,9 @@ def test_hostfile_group_under_the_deepspeed_launcher(place: Path, forks: Forks, 
     """Two ranks; when the sweep process is killed, nothing that the launcher started runs on; then it is run again."""
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     settings = {
-        "training.steps": 40,
-        "evaluation.interval": 40,
-        "checkpoint.interval": 4,
+        "training.steps": 300,
+        "evaluation.interval": 300,
+        "checkpoint.interval": 10,
         "deepspeed": str(ROOT / "ds_configs/zero2.json"),
     }
     space = write_space(place, "hosts", {"training.seed": [0]}, settings=settings)
@@ -255,7 +272,7 @@ def test_hostfile_group_under_the_deepspeed_launcher(place: Path, forks: Forks, 
     options = [*where, "--launcher-args", "--no_ssh_check --master_addr 127.0.0.1", "--lease", "30"]
     command = ["--space", space, "--study", str(study), *options]
     first = forks.start(tmp_path / "hosts1.log", *command)
-    trial = wait_for(lambda: trial_in_the_middle(study, first.pid, 40), 120)
+    trial = wait_for(lambda: trial_in_the_middle(study, first.pid, 300), 120)
     ranks = [p for p in processes_of(trial) if any("local_rank" in word for word in p.cmdline())]
     assert len(ranks) == 2
     busy, text = forks.run(tmp_path / "busy.log", *command)
@@ -268,4 +285,5 @@ def test_hostfile_group_under_the_deepspeed_launcher(place: Path, forks: Forks, 
     assert code == 0, text + (trial / "attempts/0002.log").read_text()[-3000:]
     (result,) = read_results(Study(study))
     assert [end["state"] for end in ends_of(result)] == ["lost", "complete"]
+    assert "going on from" in (trial / "attempts/0002.log").read_text()
     assert "deepspeed.launcher.runner" in " ".join(result.trial.claims.read(2).details["command"])

@@ -78,30 +78,51 @@ def wait_for(condition: Any, seconds: float = 180) -> Any:
     return value
 
 
+def start(place: Path, command: list[str]) -> subprocess.Popen[bytes]:
+    """The sweep process."""
+    with (place / "sweep.log").open("a") as log:
+        return subprocess.Popen(command, cwd=place, env=environment(), stdout=log, stderr=log)
+
+
+def signal_sweep(number: int) -> None:
+    """The oldest: its keepers look the same."""
+    min(processes(SWEEP, "--lease 30"), key=lambda p: p.create_time()).send_signal(number)
+
+
+def log_of(study: Path, trial: int, attempt: int) -> str:
+    """What an attempt has printed so far."""
+    path = study / f"trials/{trial:04d}/attempts/{attempt:04d}.log"
+    return path.read_text() if path.exists() else ""
+
+
 def test_two_trials_on_two_groups_of_two_nodes(place: Path, four: list[Node]) -> None:
-    """When the sweep process is killed, no rank runs on, on any node; then both trials go on from their checkpoints."""
+    """When the sweep process is killed, no rank runs on, on any node; when it is stopped, all are saved; both trials go
+    on from their checkpoints."""
     study = place / "study"
     options = ["--executor", "hostfile", "--hostfile", "hostfile", "--nodes-per-trial", "2", "--lease", "30"]
     command = four[0].command(sys.executable, SWEEP, "--space", "space.yaml", "--study", "study", *options)
     command = [word if not word.startswith("--wd=") else f"--wd={place}" for word in command]
-    log = (place / "first.log").open("w")
-    first = subprocess.Popen(command, cwd=place, env=environment(), stdout=log, stderr=log)
+    first = start(place, command)
     wait_for(lambda: len(list(study.glob("trials/*/run/checkpoints/latest"))) == 2)
     ranks = processes("--local_rank=0", str(study))
     assert len(ranks) == 4
     assert len({os.readlink(f"/proc/{p.pid}/ns/pid") for p in ranks}) == 4  # one on every node
-    sweep = min(processes(SWEEP, "--lease 30"), key=lambda p: p.create_time())  # its keepers look the same
-    sweep.send_signal(signal.SIGKILL)
+    signal_sweep(signal.SIGKILL)
     first.wait(timeout=30)
     wait_for(lambda: not processes("launch/train.py", str(study)), 40)
-    second = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=300)
-    assert second.returncode == 0, second.stdout + second.stderr
+    second = start(place, command)
+    wait_for(lambda: all("going on from" in log_of(study, n, 2) for n in (0, 1)))
+    signal_sweep(signal.SIGTERM)
+    assert second.wait(timeout=90) == 143
+    assert not processes("launch/train.py", str(study))
+    third = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=300)
+    assert third.returncode == 0, third.stdout + third.stderr
     results = read_results(Study(study))
     assert [r.state for r in results] == ["complete", "complete"]
     for result in results:
         ends = [(result.trial.claims.ended(n) or {"state": "?"})["state"] for n in result.trial.claims.numbers()]
-        assert ends == ["lost", "complete"]
-        assert "going on from" in result.trial.log(2).read_text()
+        assert ends == ["lost", "stopped", "complete"]
+        assert "going on from" in result.trial.log(3).read_text()
         marker = json.loads((result.trial.run / f"checkpoints/step_{STEPS:07d}/checkpoint.json").read_text())
         assert marker["world_size"] == 2
     places = {result.place.split()[-1].split("-")[0] for result in results}

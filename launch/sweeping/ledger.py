@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -60,17 +60,30 @@ class Ledger:
         return len(self.ended) == self.study.size
 
     def take(self, launch_on: Callable[[Trial], Launch], busy: set[int]) -> Attempt | None:
-        """Claim a trial that can run now: one that was begun, or else a new one.
+        """Claim a trial that can run now: one that was begun, or else a new one, or else one that failed before.
 
         Args:
             launch_on: what would run a trial.
             busy: trials that this process runs.
         """
-        for trial in self.study.trials():
-            if trial.number not in busy and not self._has_ended(trial):
-                attempt = self._claim(trial, launch_on)
-                if attempt is not None:
-                    return attempt
+        begun = [t for t in self.study.trials() if t.number not in busy and not self._has_ended(t)]
+        failed = [trial for trial in begun if self._failed_last(trial)]
+        return (
+            self._claim_one_of([trial for trial in begun if trial not in failed], launch_on)
+            or self._claim_new(launch_on)
+            or self._claim_one_of(sorted(failed, key=lambda trial: len(trial.claims.numbers())), launch_on)
+        )
+
+    def _claim_one_of(self, trials: Sequence[Trial], launch_on: Callable[[Trial], Launch]) -> Attempt | None:
+        attempts = (self._claim(trial, launch_on) for trial in trials)
+        return next((attempt for attempt in attempts if attempt is not None), None)
+
+    def _failed_last(self, trial: Trial) -> bool:
+        numbers = trial.claims.numbers()
+        end = trial.claims.ended(numbers[-1]) if numbers else None
+        return end is not None and end["state"] == "failed"
+
+    def _claim_new(self, launch_on: Callable[[Trial], Launch]) -> Attempt | None:
         while (number := self.study.next_number()) is not None:
             trial = self._make(number)
             attempt = None if trial is None or self._has_ended(trial) else self._claim(trial, launch_on)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _TICK, _SCAN, _LOOK = 0.1, 0.5, 0.25  # seconds between looks at processes, at the study folder, at metrics
 STOPPED = 143  # exit code
+_FAILURES = 8  # in a row
 _PATIENCE = 600.0  # seconds that the study folder may be away
 
 
@@ -84,6 +85,7 @@ class Worker:
         self._signals, self._scanned, self._started = 0, 0.0, 0
         self._idle_since = time.monotonic()
         self._trouble: float | None = None
+        self._failures = 0
 
     def run(self) -> int:
         """Work until every trial of the study has ended, here or elsewhere. Returns the exit code: 0; 143 where it was
@@ -122,11 +124,19 @@ class Worker:
         if self._signals:
             self._stop_all()
             return not self.running
+        self._check_failures()
         self._fill()
         self._prune()
         with contextlib.suppress(OSError):
             self.executor.beat()
         return not self.running and (self._is_exhausted() or self.ledger.all_ended())
+
+    def _check_failures(self) -> None:
+        if self._failures >= _FAILURES:
+            raise SweepError(
+                f"{self._failures} attempts in a row have failed here (their reasons stand above). This process stops, "
+                "so that a broken machine does not use up the retries of every trial; mend it, and start it again"
+            )
 
     def _is_exhausted(self) -> bool:
         waited = time.monotonic() - self._idle_since
@@ -204,6 +214,7 @@ class Worker:
         if not self.ledger.close(attempt, ended, seconds=round(seconds, 3), exit_code=code):
             self.say(f"trial {number}: attempt {attempt.number} was taken over by another sweep process")
             return
+        self._failures = self._failures + 1 if ended.state == "failed" else 0
         value = "" if ended.value is None else f" {ended.value:.6g}"
         again = "" if number in self.ledger.ended else "; it will be run again"
         self.say(f"trial {number}: {ended.state}{value}{f' ({ended.reason})' if ended.reason else ''}{again}")
