@@ -20,6 +20,7 @@ Legend of shape suffixes: B batch, N prefix tokens, T text tokens, H model width
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -92,18 +93,15 @@ class PrefixCall(Call):
 
     def flight(self, index: int) -> Flight:
         """What layer `index` does in this pass."""
-        ready = self.columns.get(index)
+        columns = (self.columns[index],) if index in self.columns else ()
         nothing = torch.empty(0)
         return Flight(
-            nothing, nothing, () if ready is None else (ready,), None if self.recorded is None else self._take(index)
+            nothing, nothing, columns, None if self.recorded is None else functools.partial(self._take, index)
         )
 
-    def _take(self, index: int) -> Any:
-        def take(key: Tensor, value: Tensor) -> None:
-            if self.recorded is not None:
-                self.recorded[index] = Ready(key, value)
-
-        return take
+    def _take(self, index: int, key: Tensor, value: Tensor) -> None:
+        if self.recorded is not None:
+            self.recorded[index] = Ready(key, value)
 
 
 def install(
