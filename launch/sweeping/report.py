@@ -91,7 +91,8 @@ def _summary(study: Study, results: Sequence[Result]) -> list[str]:
         )
     again = sum(r.attempts > 1 for r in results)
     if again:
-        lines.append(f"{again} trials were run more than once, because they were stopped, killed, or failed.")
+        what = "1 trial was" if again == 1 else f"{again} trials were"
+        lines.append(f"{what} run more than once, after being stopped, killed, or failing.")
     return lines
 
 
