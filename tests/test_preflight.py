@@ -95,21 +95,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def preflight(node: Node, place: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def settings(place: Path) -> list[str]:
+    """Of the run."""
+    return ["--config", str(place / "config.yaml"), "--run.dir", str(place / "runs" / "r")]
+
+
+def launch(node: Node, *command: str) -> subprocess.CompletedProcess[str]:
     """Under DeepSpeed's launcher, on both nodes."""
     address = ["--master_addr", node.address, "--master_port", str(free_port(node))]
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--hostfile", "hostfile", *address]
-    given = [
-        "--config",
-        str(place / "config.yaml"),
-        "--run.dir",
-        str(place / "runs" / "r"),
-        "--mib",
-        "4",
-        "--wait",
-        "60",
-    ]
-    return node.run(*launcher, PREFLIGHT, *given, *options)
+    return node.run(str(Path(sys.executable).parent / "deepspeed"), "--hostfile", "hostfile", *address, *command)
+
+
+def preflight(node: Node, place: Path) -> subprocess.CompletedProcess[str]:
+    """Of that run."""
+    return launch(node, PREFLIGHT, *settings(place), "--mib", "4", "--wait", "60")
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -137,6 +136,11 @@ def test_two_real_nodes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         ):
             assert second.run("mount", *mount).returncode == 0
         done = preflight(first, place)
+        trained = launch(first, str(ROOT / "launch" / "train.py"), *settings(place), "--run.check_memory", "false")
+    assert trained.returncode != 0  # who starts all the same is told so by the one rank that can't go on
+    assert "is not a packed corpus" in trained.stderr, trained.stderr[-3000:]
+    assert "(rank 1 on node2 alone)" in trained.stderr
+    assert "Traceback" not in trained.stderr
     assert done.returncode != 0
     assert "NOT READY: package versions, corpus readable, run folder shared (2 ranks on 2 nodes)" in done.stdout
     assert f"node2: {installed.version}.post1" in done.stdout
