@@ -109,9 +109,3 @@ def test_long_input_stays_finite() -> None:
     read, state, _ = made(h, None, None, None, Access(write=True, graph=True))
     (read.square().mean() + state["w0"].square().mean()).backward()
     assert all(torch.isfinite(t).all() for t in (read, state["w0"], state["s1"], h.grad))
-
-
-def test_the_environment_chooses(monkeypatch) -> None:
-    monkeypatch.setenv("TITANS_DS_KERNEL", "fast")
-    with pytest.raises(ConfigError, match="expected one of auto, loop, torch, triton"):
-        kernels.chosen()

@@ -2,7 +2,7 @@
 
 The environment variable TITANS_DS_KERNEL, or `choice`, says which one runs:
 
-- `auto`: the fastest one that supports the rule and the device;
+- `auto`: Triton on CUDA where it supports the rule, and its self-check agrees with PyTorch; else as `torch`;
 - `loop`: chunk after chunk in PyTorch, the specification;
 - `torch`: batched products and short loops in PyTorch where the rule allows it, no Triton;
 - `triton`: Triton, and an error where it does not support the rule or the device.
@@ -65,11 +65,17 @@ def engine(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> Literal["triton", "to
     reason = reason or _obstacle(fast, keys_NRCD)
     if name == "triton" and reason is not None:
         raise ConfigError(f"TITANS_DS_KERNEL is 'triton', but {reason}. Set it to 'auto'")
-    if reason is None and name != "torch":
+    if reason is None and (name == "triton" or (name == "auto" and _agrees(keys_NRCD, fast, inner))):
         return "triton"
     if inner.rule.chunk_semantics == "chunk" and not (two and (name == "torch" or keys_NRCD.shape[1] > 1)):
         return None
     return "torch" if _linear(inner) else None
+
+
+def _agrees(keys_NRCD: Tensor, fast: Fast, inner: Inner) -> bool:
+    from titans_ds.memory.kernels import self_check  # which imports what imports this package
+
+    return self_check.passes(keys_NRCD, fast, inner)
 
 
 def _linear(inner: Inner) -> bool:
