@@ -44,7 +44,7 @@ def problems_of(case: Case, result: dict[str, Any]) -> list[str]:
         "fewer gradients than parameters expected": result["num_gradients"] >= (8 if case.order == "second" else 5),
         "first loss": result["first_loss"] <= (1e-6 if exact else 1e-2),
         "gradients": result["worst_gradient"] is not None and result["worst_gradient"][1] <= (1e-5 if exact else 3e-2),
-        "what SGD did to parameters": not case.sgd or result["worst_move"][0] <= 1e-4,
+        "what SGD did to parameters": not case.sgd or result["worst_move"][0] <= 1e-3,
         "path of losses": result["loss_path"] <= (1e-4 if exact else 2e-2),
         "a path that goes nowhere would agree with anything": case.steps < 20 or result["fell"] > 0.01,
         "share of optimizer state": least <= result["state_share"] <= most,
@@ -62,7 +62,7 @@ def test_two_ranks_equal_plain_torch(tmp_path: Path) -> None:
     assert loading["partitioned"]
     assert loading["largest_whole"] == 0
     assert 0.5 <= loading["share"] <= 0.51
-    assert len(results) == len(cases()) == 60
+    assert len(results) == len(cases()) == 64
     for stage in range(4):  # what is not finite on one rank stops them all, for that step
         spoilt = results[Case(stage).name]["spoilt"]
         assert spoilt["spoilt"] == {"applied": [False, False], "changed": False}

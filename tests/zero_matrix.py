@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import titans_ds
+from launch.train import stop_ranks
 from tests.packed_corpora import random_repos, write_packed
 from tests.tiny_models import tiny_base
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
@@ -101,6 +102,8 @@ def cases() -> list[Case]:
     for stage in (2, 3):
         matrix.append(Case(stage, "second", True, titans_rule=True))
         matrix.append(Case(stage, "second", True, sgd=True, offload_optimizer=True))
+        matrix.append(Case(stage, "second", trainable="all", sgd=True))
+        matrix.append(Case(stage, "second", True, lora=True, sgd=True))
         matrix.append(Case(stage, "second", injection="mag"))
         matrix.append(Case(stage, "first", True, injection="mal", lora=True))
     return matrix
@@ -298,8 +301,7 @@ def main() -> None:
             results[-1]["spoilt"] = spoil_one_rank(engine, make_lanes(corpus, rank, world_size), case, rank)
     if rank == 0:
         Path(sys.argv[-1]).write_text(json.dumps({"loading": loading, "cases": results}, indent=1))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # its threads can abort a process that ends without
+    stop_ranks()
 
 
 if __name__ == "__main__":
