@@ -31,7 +31,7 @@ class Started:
     pid: int
     log: Path
 
-    def code(self, seconds: float = 120) -> int:
+    def code(self, seconds: float = 300) -> int:
         """Its exit code, 128 + signal where it was killed, after it has ended."""
         limit, path = time.monotonic() + seconds, self.log.with_suffix(".code")
         while not path.exists():

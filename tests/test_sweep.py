@@ -42,8 +42,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"corpus": str(folder / "corpus"), "num_lanes": 2},
         "graft": {"segment_tokens": 8, "memory": {"dim": 8}},
         "optimizer": {"lr": 0.01, "warmup_steps": 1},
-        "training": {"steps": 4},
-        "evaluation": {"interval": 2, "repositories": 4, "group_size": 2, "max_segments": 3},
+        "training": {"steps": 8},
+        "evaluation": {"interval": 4, "repositories": 4, "group_size": 2, "max_segments": 3},
         "checkpoint": {"interval": 1},
         "deepspeed": None,
         "run": {"tensorboard": False},
@@ -77,7 +77,7 @@ def ends_of(result: Result) -> list[dict[str, Any]]:
     return [claims.ended(number) or {"state": None} for number in claims.numbers()]
 
 
-def wait_for(condition: Any, seconds: float = 60) -> Any:
+def wait_for(condition: Any, seconds: float = 180) -> Any:
     """Its first value that is true."""
     limit = time.monotonic() + seconds
     while not (value := condition()):
@@ -87,12 +87,12 @@ def wait_for(condition: Any, seconds: float = 60) -> Any:
 
 
 def trial_in_the_middle(study: Path, pid: int, steps: int) -> Path | None:
-    """A trial that a process runs, begun and saved, and not near its end."""
+    """A trial that a process runs, begun and saved, and not past half its steps."""
     for claim in study.glob("trials/[0-9]*/attempts/0001.claim.json"):
         trial = claim.parent.parent
         if json.loads(claim.read_text())["owner"]["pid"] == pid and not (claim.parent / "0001.end.json").exists():
-            saved = list((trial / "run" / "checkpoints").glob("step_*"))
-            if saved and not (trial / "run" / "checkpoints" / f"step_{steps:07d}").exists():
+            saved = [int(p.name[5:]) for p in (trial / "run" / "checkpoints").glob("step_*")]
+            if saved and max(saved) <= steps // 2:
                 return trial
     return None
 
@@ -118,11 +118,11 @@ def test_three_processes_one_of_them_killed(place: Path, forks: Forks, tmp_path:
     code, text = forks.run(tmp_path / "calm.log", *arguments(space, calm, "--slots", "3"))
     assert code == 0, text
     three = [forks.start(tmp_path / f"hit{n}.log", *arguments(space, hit, "--lease", "20")) for n in range(3)]
-    trial = wait_for(lambda: next((t for p in three if (t := trial_in_the_middle(hit, p.pid, 4))), None))
+    trial = wait_for(lambda: next((t for p in three if (t := trial_in_the_middle(hit, p.pid, 8))), None))
     owner = json.loads((trial / "attempts/0001.claim.json").read_text())["owner"]["pid"]
     victim = next(p for p in three if p.pid == owner)
     victim.kill()
-    wait_for(lambda: not processes_of(trial) or (trial / "attempts/0002.claim.json").exists(), 10)
+    wait_for(lambda: not processes_of(trial) or (trial / "attempts/0002.claim.json").exists(), 30)
     assert victim.code() == 137
     assert [p.code() for p in three if p is not victim] == [0, 0], "".join(p.log.read_text() for p in three)
     undisturbed, results = read_results(Study(calm)), read_results(Study(hit))
@@ -150,7 +150,7 @@ def test_three_processes_one_of_them_killed(place: Path, forks: Forks, tmp_path:
 def test_adaptive_search_with_pruning(place: Path, forks: Forks, tmp_path: Path) -> None:
     """Two processes; bad trials end early; Optuna's journal and the folders agree; the report shows all of it."""
     parameters = {
-        "graft.memory.step_size": {"low": 0.001, "high": 10.0, "log": True},
+        "graft.memory.step_size": {"low": 0.001, "high": 2.0, "log": True},
         "graft.memory.inner_steps": {"low": 1, "high": 3},
         "graft.memory.write": ["pooled", "token"],
         "graft.memory.rule.chunk_size": {"values": [4, 8], "when": {"graft.memory.write": "token"}},
@@ -164,7 +164,7 @@ def test_adaptive_search_with_pruning(place: Path, forks: Forks, tmp_path: Path)
     results = read_results(Study(study))
     states = [r.state for r in results]
     assert len(states) == 12
-    assert set(states) == {"complete", "pruned"}
+    assert {"complete", "pruned"} <= set(states) <= {"complete", "pruned", "diverged"}
     assert states.count("complete") >= 3
     assert all(r.run.step < 24 for r in results if r.state == "pruned")
     for result in results:
@@ -176,7 +176,8 @@ def test_adaptive_search_with_pruning(place: Path, forks: Forks, tmp_path: Path)
     for result in results:
         in_journal = known.pop(result.trial.optuna)
         assert in_journal.params == result.trial.point
-        assert in_journal.state.name.lower() == result.state
+        assert (in_journal.state.name == "COMPLETE") == (result.state == "complete")
+        assert in_journal.state.is_finished()
     assert {t.state.name for t in known.values()} <= {"FAIL"}  # asked at the same time as another process, and dropped
     code, text = forks.run(tmp_path / "report.log", "report", "--study", str(study))
     assert code == 0, text
@@ -272,14 +273,14 @@ def test_hostfile_group_under_the_deepspeed_launcher(place: Path, forks: Forks, 
     options = [*where, "--launcher-args", "--no_ssh_check --master_addr 127.0.0.1", "--lease", "30"]
     command = ["--space", space, "--study", str(study), *options]
     first = forks.start(tmp_path / "hosts1.log", *command)
-    trial = wait_for(lambda: trial_in_the_middle(study, first.pid, 300), 120)
+    trial = wait_for(lambda: trial_in_the_middle(study, first.pid, 300))
     ranks = [p for p in processes_of(trial) if any("local_rank" in word for word in p.cmdline())]
     assert len(ranks) == 2
     busy, text = forks.run(tmp_path / "busy.log", *command)
     assert busy == 2
     assert "no slot" in text
     first.kill()
-    wait_for(lambda: not processes_of(trial), 10)
+    wait_for(lambda: not processes_of(trial), 30)
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
     code, text = forks.run(tmp_path / "hosts2.log", *command)
     assert code == 0, text + (trial / "attempts/0002.log").read_text()[-3000:]
