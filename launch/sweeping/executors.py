@@ -86,7 +86,7 @@ class Local:
     def launch(self, trial: Trial, slot: str) -> Launch:
         """Plain Python for one rank, the deepspeed launcher for more."""
         gpus = self._gpus.get(slot)
-        environment = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        environment = self._share_of_cores() if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         if self._inside:
             program: Sequence[str] = ()
         elif self._ranks == 1:
@@ -95,6 +95,11 @@ class Local:
             number = () if gpus else ("--num_accelerators", str(self._ranks))  # with GPUs it takes the visible ones
             program = (*RUNNER, *number, "--master_port", str(free_port()), TRAIN)
         return Launch(trial.arguments, program, working_folder(self._study), environment, slot=slot)
+
+    def _share_of_cores(self) -> dict[str, str]:
+        """Trials side by side on a CPU slow one another down many times over if each takes all cores."""
+        cores = len(os.sched_getaffinity(0)) // (len(self.slots) * self._ranks)
+        return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(cores, 1))}
 
     def started(self, launch: Launch) -> None:
         """Nobody else needs to know."""
@@ -110,7 +115,9 @@ class Local:
 
 
 def _import_training(study: Study) -> None:
-    """Once, for all trials that are forked."""
+    """Once, for all trials that are forked. CUDA can't be used in a fork of a process that has used it: count GPUs
+    through NVML."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import launch.train  # noqa: F401
     from titans_ds.zero.engine import import_deepspeed
 

@@ -120,6 +120,7 @@ def _run_inside(launch: Launch, parent: int) -> None:
         os.chdir(launch.cwd)
         os.environ.clear()
         os.environ.update(launch.variables())
+        _limit_threads(launch)
         from launch import train
 
         code = train.main(list(launch.arguments))
@@ -131,3 +132,11 @@ def _run_inside(launch: Launch, parent: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _limit_threads(launch: Launch) -> None:
+    """What OMP_NUM_THREADS does before torch is imported."""
+    import torch
+
+    if "OMP_NUM_THREADS" in launch.environment:
+        torch.set_num_threads(int(launch.environment["OMP_NUM_THREADS"]))
