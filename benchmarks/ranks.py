@@ -1,0 +1,272 @@
+"""What two ranks bring: the frozen base with memory at ZeRO 1, 2 and 3, against one rank, in one table.
+
+    python -m benchmarks.ranks --out ranks.json                                   # tiny, on the CPU (gloo) or the GPUs
+    python -m benchmarks.ranks --base qwen3.5-9b-random --dtype bfloat16 --tokens 4096 --checkpointing --out ranks.json
+
+Every row is a launch of its own through `deepspeed`. `one` has one lane on one rank, what a second GPU's speed is held
+against; `same` has all lanes on one rank, what the losses are held against. A row that fails is a row of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher runs this file as a script
+
+import torch
+
+from benchmarks.train_step import NINE_BILLION, TINY, RandomLanes, load_base, now, peak, reset_peak
+from launch.demo_stages import launcher
+from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
+from titans_ds.errors import TitansError
+from titans_ds.training import build, ranks
+from titans_ds.training.lanes import Step
+from titans_ds.training.module import Mode
+from titans_ds.training.optimizer import make_optimizer
+from titans_ds.training.run_folder import versions
+from titans_ds.training.settings import DataSettings, ModelSettings, OptimizerSettings, TrainConfig, TrainingSettings
+from titans_ds.training.step import Carried, commit, run_passes
+from titans_ds.zero.config import complete_config
+from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a ZeRO stage, how many ranks and lanes, and what is trained how."""
+
+    stage: int
+    ranks: int = 2
+    lanes: int = 2
+    order: str = "first"
+    offload: bool = False
+    lora: bool = False
+
+
+_SECOND = Case(2, order="second")
+CASES = {
+    "one": Case(0, ranks=1, lanes=1),
+    "same": Case(0, ranks=1),
+    "zero1": Case(1),
+    "zero2": Case(2),
+    "zero3": Case(3),
+    "one-second": replace(_SECOND, stage=0, ranks=1, lanes=1),
+    "same-second": replace(_SECOND, stage=0, ranks=1),
+    "zero2-second": _SECOND,
+    "zero2-second-offload": replace(_SECOND, offload=True),
+    "zero3-second-offload": replace(_SECOND, stage=3, offload=True),
+    "one-lora": Case(0, ranks=1, lanes=1, lora=True),
+    "same-lora": Case(0, ranks=1, lora=True),
+    "zero3-lora": Case(3, lora=True),
+}
+
+
+def main() -> int:
+    """Run the program, or as one of its ranks one row; returns the exit code."""
+    options = _options()
+    try:
+        if options.case:
+            measure(options)
+        else:
+            print(table(collect(options)))
+    except TitansError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def collect(options: argparse.Namespace) -> dict[str, Any]:
+    """Launch the rows one after another; what is there is saved after each."""
+    rows: dict[str, Any] = {}
+    report = {"rows": rows, "command": " ".join(["python -m benchmarks.ranks", *sys.argv[1:]]), "versions": versions()}
+    for name in options.rows or CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "row.json"
+            command = [*launcher(CASES[name].ranks), str(Path(__file__).resolve()), *sys.argv[1:]]
+            command += ["--case", name, "--out", str(out)]
+            try:
+                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=options.row_seconds)
+                failed = done.stderr.strip()[-300:]
+            except subprocess.TimeoutExpired:
+                failed = f"gave up after {options.row_seconds} s"
+            rows[name] = json.loads(out.read_text()) if out.is_file() else {"error": failed}
+        print(name, {k: v for k, v in rows[name].items() if k != "losses"}, file=sys.stderr, flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def measure(options: argparse.Namespace) -> None:
+    """As one rank: train a few steps, and let rank 0 write the row."""
+    case = CASES[options.case]
+    start_ranks()
+    device = local_device()
+    engine, config = make_engine(options, case, device)
+    lanes = RankLanes(case.lanes, options.tokens, build.vocabulary_of(engine.module.model.base_model))
+    carried, seconds, losses, world = Carried(), [], [], ranks.world_size()
+    for step in range(options.warmup + options.steps):
+        if step == options.warmup:
+            reset_peak(device)
+        start = now(device)
+        passes = run_passes(engine, lanes, carried, config.training, world, Mode(write=True))
+        commit(passes, carried)
+        engine.step(options.lr, skip=False)
+        seconds += [now(device) - start] * (step >= options.warmup)
+        losses.append(sum(ranks.gather(float(passes.loss_sum))) / passes.targets)
+    most = max(ranks.gather(peak(device)))
+    share = communication_share(engine, lanes, carried, config, device)
+    row = {
+        "losses": losses,
+        "seconds": seconds,
+        "tokens_per_second": case.lanes * options.tokens * options.window / statistics.median(seconds),
+        "peak_gib": most / 2**30,
+        "optimizer_bytes": ranks.gather(engine.optimizer_state_bytes()),
+        "parameter_bytes": ranks.gather(parameter_bytes(engine)),
+        "communication_share": share,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+    }
+    if ranks.rank() == 0:
+        options.out.write_text(json.dumps(row))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+class RankLanes:
+    """This rank's rows of RandomLanes' segments."""
+
+    def __init__(self, lanes: int, tokens: int, vocab_size: int) -> None:
+        self._all, own = RandomLanes(lanes, tokens, vocab_size), lanes // ranks.world_size()
+        self._rows = slice(ranks.rank() * own, (ranks.rank() + 1) * own)
+
+    def next(self) -> Step:
+        """The next batch of this rank, with the number of targets of all."""
+        step = self._all.next()
+        batch = replace(step.batch, **{n: value[self._rows] for n, value in vars(step.batch).items()})
+        return Step(batch, step.total_targets)
+
+
+def make_engine(
+    options: argparse.Namespace, case: Case, device: torch.device
+) -> tuple[DeepSpeedEngine[Any], TrainConfig]:
+    """The row's engine; random weights are drawn on the device, the same on every rank."""
+    config = _config(options, case)
+    with device:
+        base = load_base(config, int((config.model.architecture or {}).get("vocab_size", 0)))
+    module = build.make_module(base.to(device), config)
+    settings = complete_config(
+        {"zero_optimization": {"stage": case.stage}},
+        rows=case.lanes // ranks.world_size(),
+        backwards_per_step=config.backwards_per_step,
+        world_size=ranks.world_size(),
+        clip=1.0,
+        bf16=options.dtype == "bfloat16",
+    )
+    return DeepSpeedEngine(module, make_optimizer(module, OptimizerSettings()), settings, device), config
+
+
+def parameter_bytes(engine: DeepSpeedEngine[Any]) -> int:
+    """Bytes of parameters on this rank: its partition at ZeRO-3."""
+    held = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
+    return sum(p.numel() * p.element_size() for p in held)
+
+
+def communication_share(
+    engine: DeepSpeedEngine[Any], lanes: RankLanes, carried: Carried, config: TrainConfig, device: torch.device
+) -> float | None:
+    """Share of one step's time in which an NCCL kernel ran, seen by the profiler; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    with _profiler() as profile:
+        start = now(device)
+        passes = run_passes(engine, lanes, carried, config.training, ranks.world_size(), Mode(write=True))
+        commit(passes, carried)
+        engine.step(1e-4, skip=False)
+        seconds = now(device) - start
+    nccl = sum(event.device_time_total for event in profile.key_averages() if "nccl" in event.key.lower())
+    return nccl / 1e6 / seconds
+
+
+@contextmanager
+def _profiler() -> Iterator[torch.profiler.profile]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        yield profile
+
+
+def _config(options: argparse.Namespace, case: Case) -> TrainConfig:
+    tiny = options.base == "tiny"
+    random = {"tiny": TINY, "qwen3.5-9b-random": NINE_BILLION}.get(options.base)
+    second: dict[str, Any] = {"learn_step_size": True, "key_projection": "learned", "value_projection": "learned"}
+    memory = MemoryConfig(dim=64 if tiny else 512, **(second if case.order == "second" else {}))
+    training = TrainingSettings(
+        order=case.order,  # type: ignore[arg-type]
+        window=options.window,
+        checkpointing=options.checkpointing,
+        offload_activations=case.offload,
+        loss_chunk_tokens=2048,
+    )
+    return TrainConfig(
+        model=ModelSettings(base=None if random else options.base, architecture=random, dtype=options.dtype),
+        data=DataSettings(corpus="random tokens", num_lanes=case.lanes),
+        graft=GraftConfig(segment_tokens=options.tokens, memory=memory),
+        lora=LoraSettings(rank=64) if case.lora else None,
+        training=training,
+    )
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown: losses against `same`, speed against `one`, of the same kind of training."""
+    lines = [
+        "| row | loss off by | tokens/s | x one rank | peak GiB | optimizer MiB | parameters GiB | communication |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    rows = report["rows"]
+    for name, row in rows.items():
+        if "error" in row:
+            lines.append(
+                f"| {name} | failed: {row['error'].splitlines()[-1][:80] if row['error'] else '?'} |" + " |" * 6
+            )
+            continue
+        kind = next((f"-{k}" for k in ("second", "lora") if k in name), "")
+        same, one = rows.get(f"same{kind}", {}), rows.get(f"one{kind}", {})
+        off = [abs(a - b) for a, b in zip(row["losses"], same.get("losses", []), strict=False)]
+        speed = row["tokens_per_second"]
+        ratio = f"{speed / one['tokens_per_second']:.3f}" if "tokens_per_second" in one else "-"
+        share = "-" if row["communication_share"] is None else f"{row['communication_share']:.1%}"
+        cells = [f"{max(off):.2e}" if off and not name.startswith("one") else "-", f"{speed:,.0f}", ratio]
+        cells += [f"{row['peak_gib']:.2f}", f"{max(row['optimizer_bytes']) / 2**20:.2f}"]
+        cells += [f"{max(row['parameter_bytes']) / 2**30:.3f}", share]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="tiny", help="tiny, qwen3.5-9b-random, or a path or hub id")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--tokens", type=int, default=128, help="of a segment")
+    parser.add_argument("--window", type=int, default=4, help="segments of every lane in a step")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rows", nargs="+", choices=sorted(CASES), metavar="ROW", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--row-seconds", type=float, default=240, help="give a row up after this")
+    parser.add_argument("--case", choices=sorted(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
