@@ -69,7 +69,7 @@ class FanConfig:
     width: int = 64
     steps: int = 1000
     follow: Literal["exact", "fan", "alternate"] = "alternate"
-    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=3e-3, weight_decay=0.0))
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-3, weight_decay=0.0))
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     seed: int = 0
     overwrite: bool = False
@@ -117,7 +117,7 @@ def run(config: FanConfig) -> None:
         reader(config, model, corpus, name) for name in (config.data.train_split, config.evaluation.split)
     )
     before = measure(config, model, held_out, own=False)
-    print(f"held out, untrained networks: cosine {before.mean:.3f}, whole gradients {before.whole:.3f}", flush=True)
+    print(f"held out, feedback through the initial weights, untrained: cosine {before.mean:.3f}, whole gradients {before.whole:.3f}", flush=True)
     seconds = fit(config, model, train)
     after = measure(config, model, held_out)
     losses = downstream(config, model, held_out)

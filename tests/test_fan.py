@@ -90,6 +90,17 @@ def test_the_rule_writes_what_the_network_says(name) -> None:
     assert (random - wanted).abs().max() > 1e-4
 
 
+def test_feedback_starts_as_the_way_back_through_the_initial_weights() -> None:
+    fan, form = ForwardAlignment((4, 6, 5, 4), 3, seed=0), network.Form(activation="linear", hidden_scale=0.5)
+    initial = [hidden(*shape, seed=i) for i, shape in enumerate(((6, 4), (5, 6), (4, 5)))]
+    fan.start_from(initial, form)
+    weights = tuple(w.expand(2, -1, -1) for w in initial)
+    keys, values = hidden(2, 3, 4, seed=5), hidden(2, 3, 4, seed=6)
+    _, deltas = fan(weights, keys, values, form, torch.ones(2, 3))
+    for ours, exact in zip(deltas, network.terms(weights, keys, values, form).deltas, strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
+
+
 def test_padding_writes_nothing_and_samples_stay_apart() -> None:
     ours, h = memory(token_shift=True), hidden(3, 9, 12)
     mask = torch.tensor([[True] * 9, [True] * 4 + [False] * 5, [False] * 9])
@@ -149,6 +160,10 @@ def test_training_brings_predictions_into_line(tmp_path) -> None:
     """On one base and random text, memories written by the networks themselves: from no alignment to a good one."""
     model = networks_on_a_saved_adapter(tmp_path)
     batch = Batch(*(x.numpy() for x in fixed_batch()))
+    assert alignment.summarise(alignment.observe(model, batch, None, own=True)[0]).mean > 0.999, "W_0 is fed back"
+    with torch.no_grad():
+        for fan in alignment.networks(model).values():
+            fan.feedback[0].copy_(torch.randn_like(fan.feedback[0]))
     before = alignment.summarise(alignment.observe(model, batch, None, own=True)[0])
     assert abs(before.mean) < 0.5
     trainer = alignment.AlignmentTrainer(model, Same(batch), optimizer(), 150, "alternate")  # type: ignore[arg-type]
@@ -247,7 +262,8 @@ def test_the_program_trains_measures_and_saves(place: Path, capsys: pytest.Captu
     assert main(["--config", str(place / "fan.yaml")]) == 0
     assert "held-out loss, memory unwritten" in capsys.readouterr().out
     report = json.loads((place / "fan" / "fan.json").read_text())
-    assert report["cosine"]["whole"] > report["cosine_before"]["whole"]
+    assert 0.9 < report["cosine"]["whole"] < 1.0
+    assert set(report["cosine"]["by_layer"]) == set(report["cosine_before"]["by_layer"]) == {"1"}
     losses = {writer: found["mean"] for writer, found in report["held_out_loss"]["losses"].items()}
     assert set(losses) == {"exact", "fan", "unwritten", "ablated"}
     assert len(set(np.round(list(losses.values()), 7))) == 4

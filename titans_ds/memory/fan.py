@@ -9,7 +9,8 @@ one matrix after the other. The network predicts those, all levels at once, with
 
 So the gradient keeps its form (a sum of outer products, of rank up to the number of tokens), that of the last matrix is
 exact, and the prediction scales with the error as the exact one does. B_l is a feedback matrix (feedback alignment has
-random ones; here it is learned: what all memories share of h W_(l+1)^T … W_n^T); the second part sees where f_W is.
+random ones; here it starts as h W_(l+1)^T … W_n^T of the initial weights, and is learned: what all memories share of
+it); the second part sees where f_W is.
 Trained (titans_ds.training.alignment) to point where the exact gradient points, and to be as long.
 
 It needs depth 2 or more (the gradient of a linear memory has no backward pass), and chunks written one after the other.
@@ -22,6 +23,7 @@ Legend of shape suffixes: N batch x heads, C tokens of a chunk, D width of a hea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -75,6 +77,21 @@ class ForwardAlignment(nn.Module):
         self.outer = nn.ParameterList(nn.Parameter(torch.zeros(units, width), requires_grad=False) for units in hidden)
         self.lesson: Lesson | None = None
         self.bypassed = False
+
+    @torch.no_grad()
+    def start_from(self, initial: Sequence[Tensor], form: Form) -> None:
+        """Feedback through the initial weights, B_l = h W_(l+1)^T … h W_n^T: exact for a memory of two matrices that
+        nothing was written to.
+
+        Args:
+            initial: W_0 of every matrix, [O, I], or [heads, O, I], whose mean is taken.
+            form: of f_W.
+        """
+        back = torch.eye(initial[-1].shape[-2], device=initial[-1].device)
+        for level in range(len(initial) - 1, 0, -1):
+            matrix = initial[level].float()
+            back = network.scaled((matrix if matrix.dim() == 2 else matrix.mean(dim=0)).mT @ back, form)
+            self.feedback[level - 1].copy_(back)
 
     def forward(
         self, weights: Weights, keys_NCD: Tensor, values_NCD: Tensor, form: Form, shares_NC: Tensor

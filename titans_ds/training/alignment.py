@@ -26,7 +26,7 @@ Follow = Literal["exact", "fan", "alternate"]
 
 
 def with_networks(base: nn.Module, folder: Path, width: int) -> TitansModel:
-    """A saved adapter, its writes predicted by untrained networks.
+    """A saved adapter, its writes predicted by untrained networks: feedback through the initial weights.
 
     Args:
         base: the model that the adapter was made for.
@@ -50,6 +50,9 @@ def with_networks(base: nn.Module, folder: Path, width: int) -> TitansModel:
         for name, tensor in adapter.tensors(model).items():
             if ".fan." not in name:
                 tensor.copy_(tensors[name])
+    for index, fan in networks(model).items():
+        memory_ = model.memories[index].memory
+        fan.start_from([getattr(memory_, f"initial_w{level}") for level in range(memory.depth)], memory_.form(1))
     return model.requires_grad_(False)
 
 
