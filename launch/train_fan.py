@@ -117,7 +117,8 @@ def run(config: FanConfig) -> None:
         reader(config, model, corpus, name) for name in (config.data.train_split, config.evaluation.split)
     )
     before = measure(config, model, held_out, own=False)
-    print(f"held out, feedback through the initial weights, untrained: cosine {before.mean:.3f}, whole gradients {before.whole:.3f}", flush=True)
+    untrained = f"cosine {before.mean:.3f}, whole gradients {before.whole:.3f}"
+    print(f"held out, feedback through the initial weights, untrained: {untrained}", flush=True)
     seconds = fit(config, model, train)
     after = measure(config, model, held_out)
     losses = downstream(config, model, held_out)
