@@ -65,6 +65,15 @@ class RunOptions:
         """What to load."""
         return ModelSettings(self.base, self.adapter, self.device, self.dtype, self.trust_remote_code)
 
+    def check_room(self) -> None:
+        """Raise EvalError where a whole context would leave no token of the prompt."""
+        if self.context_tokens + self.max_new_tokens >= self.max_length:
+            raise EvalError(
+                f"--context-tokens {self.context_tokens} leaves no room for the prompt within "
+                f"--max-length {self.max_length} and {self.max_new_tokens} new tokens. "
+                "Give less context, or more length."
+            )
+
     def resolved(self) -> RunOptions:
         """Return the options with automatic choices made."""
         dtype = str(self.model.resolved_dtype()).removeprefix("torch.")

@@ -21,6 +21,7 @@ from .errors import EvalError
 from .files import write_json
 from .likelihood import healed_target, plain_target, summarise_likelihood
 from .modes import Mode, ModeInputs, get_modes
+from .modes.mode import no_context
 from .options import RunOptions
 from .postprocess import is_settled
 from .prompts import Budget, BuiltPrompt, PromptBuilder
@@ -69,6 +70,8 @@ def plan_run(options: RunOptions, folder: Path, resume: bool) -> RunPlan:
             f"Modes {', '.join(grafted)} need a grafted model. Give one with --adapter, "
             "or run vanilla and vanilla_concat."
         )
+    if any(mode.context is not no_context for mode in modes):
+        options.check_room()
     all_rows = load_benchmark(options.data, options.language)
     rows = select_rows(all_rows, options.limit, options.subset, options.seed)
     identity = {"data_sha256": file_digest(options.data), "adapter_sha256": _adapter_digest(options.adapter)}
