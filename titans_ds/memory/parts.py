@@ -109,9 +109,11 @@ class MemoryParts(nn.Module):
         if self.config.token_shift:
             source_BTH, has_previous_BT = previous_tokens(hidden_BTH, state, positions.mask_BT)
             paired_BT = paired_BT & has_previous_BT
-        # A padding position may hold anything, NaN too: 0 times it would not be 0.
-        source = self._normed(source_BTH.masked_fill(~paired_BT.unsqueeze(-1), 0))
-        hidden = self._normed(hidden_BTH.masked_fill(~positions.mask_BT.unsqueeze(-1), 0))
+        if self.config.token_shift or not positions.all_written:
+            # A padding position may hold anything, NaN too: 0 times it would not be 0.
+            source_BTH = source_BTH.masked_fill(~paired_BT.unsqueeze(-1), 0)
+            hidden_BTH = hidden_BTH.masked_fill(~positions.mask_BT.unsqueeze(-1), 0)
+        source, hidden = self._normed(source_BTH), self._normed(hidden_BTH)
         keys, values = self.key_projection(source), self.value_projection(hidden)
         if self.tail_length:
             reach = self.config.features.convolution_kernel - 1

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titans_ds.memory import network
@@ -104,8 +105,11 @@ def _read_block(fast: Fast, states: tuple[Tensor, ...], queries_NRCD: Tensor, fo
 
 
 def _read(states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form) -> Tensor:
-    reads = network.forward(tuple(s.flatten(0, 1) for s in states), queries_NRCD.flatten(0, 1), form)
-    return reads.view(queries_NRCD.shape)
+    """f_W of each chunk's queries. Weights first: their derivative then comes out in the layout that writes need."""
+    hidden = (states[0] @ queries_NRCD.mT).mT
+    hidden = F.silu(hidden) if form.activation == "silu" else hidden
+    hidden = hidden if form.hidden_scale == 1.0 else hidden * form.hidden_scale
+    return (states[1] @ hidden.mT).mT
 
 
 def _write(

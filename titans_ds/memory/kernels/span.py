@@ -26,7 +26,7 @@ from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
 
 _BLOCK_BYTES = 32 * 2**20  # of one matrix's states in a block; about six such exist at a time
-_MOST_CHUNKS = 64  # in a block: the factors are a matrix of chunks by chunks
+_MOST_CHUNKS = 16  # in a block: the backward holds about ten copies of its tokens
 
 
 @dataclass(frozen=True)
