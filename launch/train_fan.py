@@ -116,17 +116,18 @@ def run(config: FanConfig) -> None:
     train, held_out = (
         reader(config, model, corpus, name) for name in (config.data.train_split, config.evaluation.split)
     )
-    before = measure(config, model, held_out, own=False)
+    before = measure(config, model, held_out)
     untrained = f"cosine {before.mean:.3f}, whole gradients {before.whole:.3f}"
     print(f"held out, feedback through the initial weights, untrained: {untrained}", flush=True)
     seconds = fit(config, model, train)
-    after = measure(config, model, held_out)
+    after, elsewhere = (measure(config, model, held_out, own) for own in (True, False))
     losses = downstream(config, model, held_out)
     report = {
         "config": dataclasses.asdict(config),
         "seconds": seconds,
         "cosine_before": dataclasses.asdict(before),
         "cosine": dataclasses.asdict(after),
+        "cosine_in_exact_memories": dataclasses.asdict(elsewhere),
         "held_out_loss": losses,
     }
     save(model, Path(config.out), report)
@@ -165,7 +166,8 @@ def fit(config: FanConfig, model: TitansModel, train: RepositoryReader) -> float
 
 
 def measure(config: FanConfig, model: TitansModel, held_out: RepositoryReader, own: bool = True) -> alignment.Alignment:
-    """Cosines on the held-out split: as many segments of every lane as evaluation takes of a repository."""
+    """Cosines on the held-out split, in memories that the networks write (`own`) or the exact gradient does: as many
+    segments of every lane as evaluation takes of a repository."""
     return alignment.measure(model, lanes(config, held_out), config.evaluation.max_segments, own)
 
 
