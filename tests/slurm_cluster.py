@@ -104,6 +104,10 @@ class Cluster:
             time.sleep(0.2)
         return job
 
+    def wait_idle(self, count: int, seconds: float = 60) -> None:
+        """Until so many nodes are idle: nothing of a job that has ended is left on them."""
+        self._wait_until(lambda: self._idle() == count, "an idle node", seconds)
+
     def stop_node(self, name: str) -> None:
         """End a node (node1, node2, …) and all that runs on it, at once."""
         daemon = self.daemons.pop(name)
@@ -139,7 +143,7 @@ class Cluster:
         limit = time.monotonic() + seconds
         while not ready():
             logs = "".join(p.read_text()[-1500:] for p in self.folder.glob("*.out"))
-            assert time.monotonic() < limit, f"{name} did not start: {logs}"
+            assert time.monotonic() < limit, f"no {name} in {seconds:.0f} s: {logs}"
             time.sleep(0.1)
 
     def _stop_all(self) -> None:
