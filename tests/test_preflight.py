@@ -112,6 +112,7 @@ def preflight(node: Node, place: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.flaky(reruns=2, reruns_delay=5)  # deadlines beside other tests on two cores
 def test_two_real_nodes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ready; then the second has no corpus, another version of a package, and a run folder of its own."""
     monkeypatch.chdir(place)
