@@ -52,6 +52,13 @@ class Gradients:
     of_momentum: Tensor | None
     start: State
 
+    def of_transfer(self) -> dict[str, Tensor]:
+        """In the fields of Transfer, by name."""
+        found = {"to_weights": self.factors[0], "weights": self.of_weights}
+        if len(self.factors) > 1:
+            found["to_momentum"] = self.factors[1]
+        return found if self.of_momentum is None else found | {"momentum": self.of_momentum}
+
 
 def attend(queries: Tensor | None, written: Written, start: State) -> tuple[Tensor | None, State]:
     """q W_r^T for the queries of every chunk r [N, R, C, O], and W and S at the end, in their own dtype."""

@@ -25,8 +25,8 @@ from titans_ds.memory.network import Form, Weights
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
 
-_BLOCK_BYTES = 32 * 2**20  # of one matrix's states in a block; about six such exist at a time
-_MOST_CHUNKS = 16  # in a block: the backward holds about ten copies of its tokens
+_BLOCK_BYTES = 64 * 2**20  # of one matrix's states in a block; about six such exist at a time
+_MOST_CHUNKS = 32  # in a block: the backward holds about ten copies of its tokens
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,10 @@ class SpanMemory(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, *flat: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(plan.names, flat, strict=True))
         starts, hidden, reads = [_states(given, plan)], [], []
-        for chunks in plan.blocks(given["keys"].shape[1]):
-            block = _block(given, chunks)
-            sums, transfers = chunk_gradients(_of_gradients(block), plan.problem), _transfers(block)
+        factors_ = _Factors(given, plan)
+        for index, chunks in enumerate(plan.blocks(given["keys"].shape[1])):
+            block, transfers = _block(given, chunks), factors_.of_block(index)
+            sums = chunk_gradients(_of_gradients(block), plan.problem)
             x = block.get("queries")
             outputs: list[Tensor] = []
             end: list[State] = []
@@ -203,11 +204,58 @@ def _is_momentum(name: str) -> bool:
     return name[0] == "s" and name[1:].isdigit()
 
 
-def _transfers(given: Tensors) -> list[Transfer]:
-    """By matrix, with its step size in the factors of the gradients; differentiable."""
-    f = Factors(given.get("keep"), given.get("momentum_keep"), given.get("carry"))
-    t = transfer(f, "to_momentum" in given, given["surprise"][..., 0])
-    return [_with_step_size(t, -theta) for theta in given["step_sizes"]]
+class _Factors:
+    """The factors of every block and matrix, computed for all blocks of the same size at once, and back."""
+
+    def __init__(self, given: Tensors, plan: Plan, graph: bool = False) -> None:
+        num_rows, num_chunks = given["surprise"].shape[:2]
+        self.leaves = {n: t.detach().requires_grad_(graph) for n, t in given.items() if n in _TRANSFER}
+        whole = num_chunks // plan.block  # blocks; the last may be shorter
+        sizes = [(slice(0, whole * plan.block), whole)]
+        if num_chunks > whole * plan.block:
+            sizes.append((slice(whole * plan.block, num_chunks), 1))
+        with torch.set_grad_enabled(graph):
+            self.groups = [self._make(given, chunks, count) for chunks, count in sizes]
+        self.counts, self.num_rows = [count for _, count in sizes], num_rows
+        self.backs: dict[int, list[Gradients]] = {}
+
+    def _make(self, given: Tensors, chunks: slice, count: int) -> list[Transfer]:
+        def folded(name: str) -> Tensor | None:
+            t = self.leaves.get(name)
+            return None if t is None else torch.unflatten(t[:, chunks], 1, (count, -1)).flatten(0, 1)
+
+        like = torch.unflatten(given["surprise"][:, chunks, 0], 1, (count, -1)).flatten(0, 1)
+        t = transfer(Factors(*(folded(n) for n in _TRANSFER[:3])), "to_momentum" in given, like)
+        return [_with_step_size(t, -theta) for theta in self.leaves["step_sizes"]]
+
+    def of_block(self, index: int) -> list[Transfer]:
+        """By matrix; no graph."""
+        group, place = (0, index) if index < self.counts[0] else (1, 0)
+
+        def pick(t: Tensor | None) -> Tensor | None:
+            return None if t is None else torch.unflatten(t.detach(), 0, (self.num_rows, -1))[:, place]
+
+        return [Transfer(*(pick(t) for t in vars(one).values())) for one in self.groups[group]]  # type: ignore[arg-type]
+
+    def collect(self, index: int, backs: list[Gradients]) -> None:
+        """Keep what a block's backward found."""
+        self.backs[index] = backs
+
+    def backward(self) -> Tensors:
+        """In the gates' factors and the step sizes."""
+        outputs: list[Tensor] = []
+        d_outputs: list[Tensor] = []
+        for group, transfers in enumerate(self.groups):
+            blocks = range(self.counts[0]) if group == 0 else [self.counts[0]]
+            for level, t in enumerate(transfers):
+                found = [self.backs[i][level].of_transfer() for i in blocks]
+                for name, factor in vars(t).items():
+                    if factor is not None and factor.requires_grad:
+                        outputs.append(factor)
+                        d_outputs.append(torch.stack([f[name] for f in found], dim=1).flatten(0, 1))
+        d_leaves = torch.autograd.grad(outputs, list(self.leaves.values()), d_outputs, allow_unused=True)
+        pairs = zip(self.leaves.items(), d_leaves, strict=True)
+        return {name: torch.zeros_like(t) if d is None else d for (name, t), d in pairs}
 
 
 def _with_step_size(t: Transfer, factor: Tensor) -> Transfer:
@@ -232,10 +280,10 @@ def _first_order(
     found: Tensors = {}
     if "queries" not in given:
         return found
-    d_queries = []
+    d_queries, factors_ = [], _Factors(given, plan)
     for index, chunks in enumerate(plan.blocks(given["keys"].shape[1])):
-        block = _block(given, chunks)
-        sums, transfers = chunk_gradients(_of_gradients(block), plan.problem), _transfers(block)
+        block, transfers = _block(given, chunks), factors_.of_block(index)
+        sums = chunk_gradients(_of_gradients(block), plan.problem)
         d_x = d_outputs[0][:, chunks]
         for level in reversed(range(plan.depth)):
             x = block["queries"] if level == 0 else _activate(hidden[index][level - 1], plan.form)
@@ -255,16 +303,21 @@ def _second_order(
     d_end = _states({f"w{i}": d for i, d in enumerate(d_outputs[: plan.depth])}
                     | {f"s{i}": d for i, d in enumerate(d_outputs[plan.depth :])}, plan)  # fmt: skip
     found = {name: torch.empty_like(t) if name in _BY_CHUNK else torch.zeros_like(t) for name, t in given.items()}
-    blocks = list(plan.blocks(given["keys"].shape[1]))
+    blocks, factors_ = list(plan.blocks(given["keys"].shape[1])), _Factors(given, plan, graph=True)
     for index in reversed(range(len(blocks))):
         chunks = blocks[index]
         d_block = None if d_reads is None else d_reads[:, chunks]
-        gradients, d_end = _block_backward(_block(given, chunks), starts[index], hidden[index], plan, d_block, d_end)
+        block = _block(given, chunks)
+        backs, d_end, gradients = _block_backward(
+            block, factors_.of_block(index), starts[index], hidden[index], plan, d_block, d_end
+        )
+        factors_.collect(index, backs)
         for name, d in gradients.items():
             if name in _BY_CHUNK:
                 found[name][:, chunks] = d
             else:
                 found[name] += d
+    found |= factors_.backward()
     for level, (d_weight, d_momentum) in enumerate(d_end):
         found[f"w{level}"] += d_weight
         if d_momentum is not None:
@@ -273,43 +326,27 @@ def _second_order(
 
 
 def _block_backward(
-    block: Tensors, start: list[State], hidden: list[Tensor], plan: Plan, d_x: Tensor | None, d_end: list[State]
-) -> tuple[Tensors, list[State]]:
-    """Gradients in a block's tensors, and in W and S at its start."""
-    leaves = {n: t.detach().requires_grad_() for n, t in block.items() if n in _TRANSFER}
-    with torch.enable_grad():
-        transfers = _transfers(leaves | {n: block[n] for n in ("surprise", "to_momentum") if n in block})
+    block: Tensors,
+    transfers: list[Transfer],
+    start: list[State],
+    hidden: list[Tensor],
+    plan: Plan,
+    d_x: Tensor | None,
+    d_end: list[State],
+) -> tuple[list[Gradients], list[State], Tensors]:
+    """What each matrix's reads say, the gradients in W and S at the block's start, and those in its tensors."""
     sums = chunk_gradients(_of_gradients(block), plan.problem)
-    d_sums: list[list[Tensor]] = []
-    outputs: list[Tensor] = []
-    d_outputs: list[Tensor] = []
-    d_start: list[State] = []
+    backs: list[Gradients] = []
     for level in reversed(range(plan.depth)):
         x = None
         if d_x is not None:
             x = block["queries"] if level == 0 else _activate(hidden[level - 1], plan.form)
-        back = attend_backward(x, Written(sums.pop(), _detached(transfers[level])), start[level], d_x, d_end[level])
-        d_start.insert(0, back.start)
-        d_sums.insert(0, back.gradients)
-        _collect(transfers[level], back, outputs, d_outputs)
-        d_x = back.queries
+        back = attend_backward(x, Written(sums.pop(), transfers[level]), start[level], d_x, d_end[level])
+        backs.insert(0, back)
+        d_x, back.queries = back.queries, None
         if level > 0 and d_x is not None:
             d_x = _activate_backward(d_x, hidden[level - 1], plan.form)
-    found = torch.autograd.grad(outputs, list(leaves.values()), d_outputs, allow_unused=True)
-    gradients = {n: torch.zeros_like(t) if d is None else d for (n, t), d in zip(leaves.items(), found, strict=True)}
-    gradients |= chunk_gradients_backward(_of_gradients(block), plan.problem, d_sums)
-    return gradients | ({} if d_x is None else {"queries": d_x}), d_start
-
-
-def _detached(t: Transfer) -> Transfer:
-    parts = (t.to_weights, t.to_momentum, t.weights, t.momentum)
-    return Transfer(*(None if p is None else p.detach() for p in parts))  # type: ignore[arg-type]
-
-
-def _collect(t: Transfer, back: Gradients, outputs: list[Tensor], d_outputs: list[Tensor]) -> None:
-    """Pair the factors with their derivatives, where they depend on anything."""
-    pairs = list(zip(Written([], t).factors, back.factors, strict=True))
-    for factor, d in [*pairs, (t.weights, back.of_weights), (t.momentum, back.of_momentum)]:
-        if factor is not None and d is not None and factor.requires_grad:
-            outputs.append(factor)
-            d_outputs.append(d)
+    gradients = chunk_gradients_backward(_of_gradients(block), plan.problem, [back.gradients for back in backs])
+    for back in backs:
+        back.gradients = []  # as large as the states
+    return backs, [back.start for back in backs], gradients | ({} if d_x is None else {"queries": d_x})
