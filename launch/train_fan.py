@@ -69,7 +69,7 @@ class FanConfig:
     width: int = 64
     steps: int = 1000
     follow: Literal["exact", "fan", "alternate"] = "alternate"
-    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-3, weight_decay=0.0))
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=5e-4, weight_decay=0.0))
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     seed: int = 0
     overwrite: bool = False
