@@ -1,0 +1,48 @@
+"""benchmarks/memory_layer*.py run, fail row by row, and show that the fast paths launch less than the loop."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(module: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_rows_are_measured_and_an_error_is_a_row(tmp_path) -> None:
+    out = tmp_path / "figures.json"
+    wrong = tmp_path / "ttt_operation.py"
+    wrong.write_text("raise RuntimeError('not the file that you think')\n")
+    options = ("--tiny", "--seconds", "0.01", "--rows", "large chunks", "--lact", str(wrong), "--out", str(out))
+    done = run("memory_layer", *options)
+    assert done.returncode == 0, done.stderr
+    results = {row["name"]: row for row in json.loads(out.read_text())["results"]}
+    assert results["titans-ds"]["both_ms"] > results["titans-ds"]["forward_ms"] * 0.5 > 0
+    assert results["LaCT"]["error"] == "RuntimeError: not the file that you think"
+    assert "| titans-ds |" in done.stdout
+    assert "| LaCT | RuntimeError" in done.stdout
+
+
+def test_what_is_not_there_is_said(tmp_path) -> None:
+    done = run("memory_layer", "--tiny", "--lact", str(tmp_path / "nothing.py"))
+    assert done.returncode == 2
+    assert "is not a file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_launches() -> None:
+    pytest.importorskip("titans_pytorch", reason="titans-pytorch is not installed; it comes with the extra `dev`")
+    done = run("memory_layer_count", "--tiny")
+    assert done.returncode == 0, done.stderr
+    cells = [line.split("|")[2:5] for line in done.stdout.splitlines()[2:]]
+    launches = {name.strip(): int(count.replace(",", "")) for name, count, _ in cells}
+    assert launches["span, torch"] < launches["span, loop"] / 2
+    assert launches["chunk, triton"] < launches["chunk, loop"] / 8
