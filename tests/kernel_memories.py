@@ -17,7 +17,10 @@ CASES = {
     "limited by chunk": (MOMENTUM | {"max_gradient_norm": 0.05, "gate_scope": "chunk"}, {}),
     "plain": ({}, {}),
     "forgetting": ({"forget_gate": 0.2}, {"depth": 3}),
-    "constant momentum": ({"optimizer": "momentum", "gate_scope": "chunk"}, {"activation": "linear", "step_size": 0.01}),
+    "constant momentum": (
+        {"optimizer": "momentum", "gate_scope": "chunk"},
+        {"activation": "linear", "step_size": 0.01},
+    ),
     "huber, residual norm": ({"loss": "huber", "huber_delta": 0.2, "token_step_size": True}, {"residual_norm": True}),
     "linear memory": ({"loss": "dot"}, {"depth": 1}),
     "hidden scale, shift": (MOMENTUM, {"hidden_scale": 1.5, "token_shift": True, "query_projection": "tied"}),
