@@ -104,7 +104,9 @@ def test_what_triton_does_not_do_is_refused_or_left_to_pytorch(case) -> None:
 
 
 def test_long_input_stays_finite() -> None:
-    made = memory(MOMENTUM | {"max_gradient_norm": 1.0}, {}, 256, 1, 0, "chunk").float().to(DEVICE)
+    made = (
+        memory(MOMENTUM | {"max_gradient_norm": 1.0, "gate_scope": "chunk"}, {}, 256, 1, 0, "chunk").float().to(DEVICE)
+    )
     h = text(1, 65_536, 2).float().requires_grad_()
     read, state, _ = made(h, None, None, None, Access(write=True, graph=True))
     (read.square().mean() + state["w0"].square().mean()).backward()
