@@ -80,7 +80,7 @@ def _agrees(keys_NRCD: Tensor, fast: Fast, inner: Inner) -> bool:
 
 def _linear(inner: Inner) -> bool:
     """Whether a write is linear in the exact gradient at its chunk's start (or the call's)."""
-    exact = getattr(inner, "fan", None) is None
+    exact = inner.fan is None
     return exact and inner.derived and inner.inner_steps == 1 and inner.rule.optimizer in ("sgd", "momentum")
 
 
