@@ -24,8 +24,8 @@ _README = """# A run of titans-ds
 `status.json` says how the run stands, `versions.json` what it ran on. `metrics.jsonl` has one line per logged step and
 per evaluation (losses in nats a token); `tensorboard/` the same as curves. `evaluation/` has the losses by repository.
 `checkpoints/` is what the run goes on from with `--resume auto`. A file `stop` made here ends it after a checkpoint.
-`adapter/` is the trained memory: `titans_ds.TitansModel.from_pretrained(BASE, "adapter")`. `model/` is there where the base
-model was trained, too.
+`adapter/` is the trained memory: `titans_ds.TitansModel.from_pretrained(BASE, "adapter")`. `model/` is there where the
+base model was trained, too.
 """
 
 
