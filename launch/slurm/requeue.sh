@@ -49,6 +49,8 @@ requeue_or_leave() {
     state=$(state_of "$run")
     echo "$(date '+%F %T') exit code $code, $run is ${state:-not there}"
     if [ "$state" = finished ] || [ "$code" = 2 ]; then exit "$code"; fi
+    # A mistake ends every rank with 2, but srun kills the slower ones and reports their signal: a run that never began stays.
+    if [ -z "$state" ] && [ -z "$asked" ]; then exit "$code"; fi
     if [ -z "$asked" ] && [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
         echo "restarted $MAX_RESTARTS times already; leaving it"
         exit "$code"
