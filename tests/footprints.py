@@ -46,6 +46,7 @@ def compare(case: Case, corpus: Path, device: torch.device) -> dict[str, Any]:
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     module = make_module(case)
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    below = no_backward(module)
     zero = {
         "stage": case.stage,
         "reduce_bucket_size": BUCKET,
@@ -62,7 +63,9 @@ def compare(case: Case, corpus: Path, device: torch.device) -> dict[str, Any]:
         clip=OPTIMIZER.clip,
         bf16=case.dtype == "bfloat16",
     )
-    engine = Watched(module, make_optimizer(module, OPTIMIZER), config, device)
+    optimizer = make_optimizer(module, OPTIMIZER)
+    cut = sum(beyond_border([p.numel() for p in group["params"]], ranks) for group in optimizer.param_groups)
+    engine = Watched(module, optimizer, config, device)
     lanes, carried = make_lanes(corpus, rank, ranks), Carried()
     commit(run_passes(engine, lanes, carried, case.settings, ranks), carried)
     engine.step(OPTIMIZER.lr, skip=False)
@@ -70,7 +73,8 @@ def compare(case: Case, corpus: Path, device: torch.device) -> dict[str, Any]:
         commit(run_passes(engine, lanes, carried, case.settings, ranks), carried)
         engine.step(OPTIMIZER.lr, skip=False)
     state = sum(t.numel() * t.element_size() for layer in (carried.state or {}).values() for t in layer.values())
-    model = footprint.Model(sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns), 0, 2, 32, 128)
+    trained = sum(n for n, learns in sizes if learns)
+    model = footprint.Model(sum(n for n, _ in sizes), trained, 0, 2, 32, 128, below=below, cut=cut)
     setup = footprint.Setup(
         case.stage,
         ranks,
@@ -90,9 +94,28 @@ def compare(case: Case, corpus: Path, device: torch.device) -> dict[str, Any]:
             **footprint.collective_bytes(model, setup),
         },
         "counted": {**dataclasses.asdict(engine.peak), **sent},
-        "largest_tensor": max(n for n, learns in sizes if learns) * setup.value_bytes,
         "state_bytes_of_a_lane": state / (LANES // ranks),
     }
+
+
+def beyond_border(sizes: list[int], ranks: int) -> int:
+    """Values of the tensor that the end of rank 0's share cuts, beyond that end."""
+    border, end = sum(sizes) / ranks, 0
+    for size in sizes:
+        end += size
+        if end >= border:
+            return int(end - border)
+    return 0
+
+
+def no_backward(module: torch.nn.Module) -> int:
+    """Parameters of the base that come before the first trained one, in the order of the forward pass."""
+    found = 0
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            return found
+        found += parameter.numel()
+    return found
 
 
 def main() -> None:

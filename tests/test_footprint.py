@@ -34,20 +34,17 @@ def counted(out: Path, ranks: int) -> list[dict[str, Any]]:
 
 
 def problems(result: dict[str, Any]) -> list[str]:
-    """Where formula and count are more than 5% apart. Two things are known and bounded instead:
+    """Where formula and count are more than 5% apart.
 
-    stage 2 keeps a whole gradient of the one tensor that the border between two ranks cuts;
-    under a frozen base, the backward pass gathers nothing below the lowest memory.
+    What stage 3 gathers under a frozen base may be 15% below: the memory's own layer needs only part of it again.
     """
     case, found = result["case"], []
     kinds = set(result["formula"]) if result["ranks"] > 1 else {"parameters", "gradients", "optimizer"}
     for kind in kinds:
         formula, count = result["formula"][kind], result["counted"][kind]
         low, high = formula * (1 - WITHIN), formula * (1 + WITHIN)
-        if kind == "gradients" and case["stage"] == 2 and result["ranks"] > 1:
-            high += result["largest_tensor"]
         if kind == "all_gather" and case["stage"] == 3 and case["trainable"] == "memory":
-            low = formula * 0.5
+            low = formula * 0.85
         if not low <= count <= high:
             found.append(f"{result['ranks']} ranks, {case}: {kind} {count:,} instead of {formula:,.0f}")
     return found

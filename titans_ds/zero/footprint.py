@@ -1,18 +1,21 @@
 """What a run takes on every rank, from formulas: bytes of memory by ZeRO stage, bytes on the network, time of a step.
 
-Symbols: P parameters, T trained ones, N ranks, b bytes of a value (2 in bfloat16), B backward passes in a step.
+Symbols: P parameters, T trained ones, L those before the first trained one, N ranks, b bytes of a value (2 in
+bfloat16), B backward passes in a step.
 
     stage   parameters   gradients   optimizer          collectives of a step
     0       b P          b T         8 T (fp32), 12 T   all-reduce b T
     1       b P          b T         12 T / N           all-reduce b T, all-gather b T
     2       b P          b T / N     12 T / N           B times all-reduce b T, all-gather b T
-    3       b P / N      b T / N     12 T / N           B times (2 all-gather b P, reduce-scatter b T)
+    3       b P / N      b T / N     12 T / N           B times (all-gather b (2 P - L), reduce-scatter b T)
 
 The optimizer holds two fp32 moments, and an fp32 copy of what it trains: at stage 0 only where that is not fp32
 already. At stage 1 gradients are whole while they accumulate, and partitioned from the last backward on. Stage 2 of
 DeepSpeed 0.19 reduces every bucket by an all-reduce, not a reduce-scatter, and does so in every backward pass: with
-many segments in a step it sends more than stage 1. At stage 3 the language-model head is gathered twice more for every
-further chunk of the loss. Tests hold memory and collectives against engines that ran.
+many segments in a step it sends more than stage 1; and of a tensor that the border between two ranks cuts, each keeps
+the whole gradient. Before the first trained parameter there is no backward pass, so stage 3 does not gather there
+again. The language-model head is gathered twice more at stage 3 for every further chunk of the loss. Tests hold memory
+and collectives against engines that ran.
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ class Model:
         hidden: its width.
         vocab: its vocabulary.
         state_bytes: of the fast weights, momentum and so on of one lane, over all layers (fp32).
+        below: L, of the parameters those that no backward pass goes through: embedding and layers under the lowest
+            memory of a frozen base. 0 gives an upper bound.
+        cut: values of a tensor that lie beyond the border of a rank's share of T.
     """
 
     parameters: int
@@ -47,6 +53,8 @@ class Model:
     hidden: int
     vocab: int
     state_bytes: int = 0
+    below: int = 0
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,9 @@ def parameter_bytes(model: Model, setup: Setup) -> float:
 
 def gradient_bytes(model: Model, setup: Setup) -> float:
     """Of the gradients on one rank while they accumulate."""
-    return model.trained * setup.value_bytes / (setup.ranks if setup.stage >= 2 else 1)
+    share = model.trained / (setup.ranks if setup.stage >= 2 else 1)
+    cut = model.cut if setup.stage == 2 and setup.ranks > 1 else 0
+    return (share + cut) * setup.value_bytes
 
 
 def optimizer_bytes(model: Model, setup: Setup) -> float:
@@ -160,12 +170,13 @@ def collective_bytes(model: Model, setup: Setup) -> dict[str, float]:
     if setup.ranks == 1:
         return {}
     whole, trained, passes = model.parameters * setup.value_bytes, model.trained * setup.value_bytes, setup.backwards
+    below = model.below * setup.value_bytes
     head = (math.ceil(setup.tokens / setup.loss_chunk_tokens) - 1) * model.vocab * model.hidden * setup.value_bytes
     by_stage: dict[int, dict[str, float]] = {
         0: {"all_reduce": trained},
         1: {"all_reduce": trained, "all_gather": trained},
         2: {"all_reduce": passes * trained, "all_gather": trained},
-        3: {"all_gather": 2 * passes * (whole + head), "reduce_scatter": passes * trained},
+        3: {"all_gather": passes * (2 * whole - below + 2 * head), "reduce_scatter": passes * trained},
     }
     return by_stage[setup.stage]
 
