@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from launch import scaling
+from tests.clean_environment import without_ranks
 from tests.footprints import cases
 from tests.test_zero_matrix import free_port
 from titans_ds.zero import footprint
@@ -25,7 +25,7 @@ def counted(out: Path, ranks: int) -> list[dict[str, Any]]:
     """Every case on so many ranks."""
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
     command = [*runner, "--master_port", str(free_port()), str(ROOT / "tests" / "footprints.py"), str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = without_ranks(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     results: list[dict[str, Any]] = json.loads(out.read_text())

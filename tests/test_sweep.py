@@ -231,19 +231,20 @@ def test_a_broken_machine_does_not_fail_the_study(place: Path, forks: Forks, tmp
     assert [r.state for r in read_results(Study(study))] == ["complete"] * 5
 
 
+@pytest.mark.flaky(reruns=2, reruns_delay=5)  # a trial that ends before its hanging keeper is found out shows nothing
 def test_stopped_and_hanging_trials_go_on(place: Path, forks: Forks, tmp_path: Path) -> None:
     """SIGTERM saves the trial; a keeper that hangs is replaced, and its trial killed first."""
-    settings = {"training.steps": 300, "evaluation.interval": 300, "checkpoint.interval": 20}
+    settings = {"training.steps": 1000, "evaluation.interval": 1000, "checkpoint.interval": 20}
     space = write_space(place, "long", {"training.seed": [0]}, settings=settings)
     study = tmp_path / "long"
     first = forks.start(tmp_path / "first.log", *arguments(space, study))
-    trial = wait_for(lambda: trial_in_the_middle(study, first.pid, 300))
+    trial = wait_for(lambda: trial_in_the_middle(study, first.pid, 1000))
     first.kill(signal.SIGTERM)
     assert first.code() == 143
     assert "goes on with it" in first.log.read_text()
     assert [end["state"] for end in ends_of(read_results(Study(study))[0])] == ["stopped"]
     stopped_at = json.loads((trial / "run/status.json").read_text())["step"]
-    assert 0 < stopped_at < 298
+    assert 0 < stopped_at < 998
     second = forks.start(tmp_path / "second.log", *arguments(space, study, "--lease", "3"))
     wait_for(lambda: json.loads((trial / "run/status.json").read_text())["step"] > stopped_at + 1)
     keeper = json.loads((trial / "attempts/0002.beat.json").read_text())["keeper"]["pid"]
@@ -255,7 +256,7 @@ def test_stopped_and_hanging_trials_go_on(place: Path, forks: Forks, tmp_path: P
     assert [end["state"] for end in ends_of(result)] == ["stopped", "lost", "complete"]
     metrics = [json.loads(line) for line in (trial / "run/metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in metrics if line["kind"] == "train"]
-    assert steps == list(range(1, 301))  # no step lost, none twice
+    assert steps == list(range(1, 1001))  # no step lost, none twice
 
 
 def test_hostfile_group_under_the_deepspeed_launcher(place: Path, forks: Forks, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import yaml
 
 from launch.sweeping.results import read_results
 from launch.sweeping.study import Study
+from tests.clean_environment import without_ranks
 from tests.packed_corpora import random_repos, write_packed
 from tests.slurm_cluster import Cluster, slurm_cluster, why_not
 from tests.tiny_models import tiny_base
@@ -63,7 +63,7 @@ def write_space(folder: Path, deepspeed: str | None, steps: int, seeds: list[int
 def start(cluster: Cluster, folder: Path, space: Path, *options: str) -> subprocess.Popen[str]:
     """launch/sweep.py on the login node."""
     command = [sys.executable, str(ROOT / "launch/sweep.py"), "--space", str(space), "--study", str(folder / "study")]
-    environment = {**os.environ, **cluster.environment, "OMP_NUM_THREADS": "1"}
+    environment = {**without_ranks(OMP_NUM_THREADS="1"), **cluster.environment}
     return subprocess.Popen(
         [*command, "--executor", "slurm", *options],
         cwd=folder,
