@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 from rich.console import Console
 
 from launch.demo import environment
-from launch.demo_stages import find_machine
+from launch.demo_stages import Machine, find_machine
 from launch.stages import Stage, run_stages
 from launch.study import ROOT, Study, fill, load_study, select
 from launch.study_results import write_results
@@ -74,8 +74,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """All stages, and the results. Raises TitansError where one fails; the others are finished first."""
-    start, study, place = time.perf_counter(), study_of(options), place_of(options)
-    machine = find_machine(place.ranks)
+    start, study, machine = time.perf_counter(), study_of(options), find_machine(options.ranks)
+    place = place_of(options, machine)
     stamps, variables = place.out / "stamps", environment(machine)
 
     def chain(folder: str, stages: Sequence[Stage]) -> Callable[[], object]:
@@ -109,13 +109,12 @@ def study_of(options: argparse.Namespace) -> Study:
     return fill(study, _pairs(options.base, "--base"), _pairs(options.data, "--data"))
 
 
-def place_of(options: argparse.Namespace) -> Place:
+def place_of(options: argparse.Namespace, machine: Machine) -> Place:
     """Where, from what, and on how many ranks."""
     corpora = {}
     for text in options.corpus:
         base, equals, folder = text.partition("=")
         corpora[base if equals else ""] = Path(folder if equals else text)
-    machine = find_machine(options.ranks)
     ranks = options.ranks or (machine.ranks if machine.gpu else 1)
     return Place(options.out.resolve(), corpora, ranks, options.retrain, options.batch_size)
 

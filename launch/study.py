@@ -5,8 +5,7 @@ A study file is YAML; launch/studies holds the ones that come with this project,
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from titans_ds.errors import ConfigError
+from titans_ds.validation import nearest, require
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = "shipped"
@@ -58,19 +58,19 @@ class Study:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(bool(self.arms), "the study has no arms; name at least one, with its base and config")
+        require(bool(self.arms), "the study has no arms; name at least one, with its base and config")
         for name, arm in self.arms.items():
             _known(arm.base, self.bases, f"arms.{name}.base")
-            _require((ROOT / arm.config).is_file(), f"arms.{name}.config: there is no file {arm.config} in {ROOT}")
+            require((ROOT / arm.config).is_file(), f"arms.{name}.config: there is no file {arm.config} in {ROOT}")
         for name, rows in self.benchmarks.items():
             prefix, _, kind = str(rows).partition("/")
-            _require(
+            require(
                 prefix != SHIPPED or kind in _SHIPPED_ROWS,
                 f"benchmarks.{name} is {rows!r}; expected shipped/as_is or shipped/renamed",
             )
-        _require(not self.benchmarks or bool(self.modes), "there are benchmarks but no modes; set modes: [memory, …]")
+        require(not self.benchmarks or bool(self.modes), "there are benchmarks but no modes; set modes: [memory, …]")
         lacking = sorted(_CONTROLS - set(self.modes))
-        _require(
+        require(
             not lacking or not any(mode.startswith("memory") for mode in self.modes),
             f"modes lack {', '.join(lacking)}: no memory arm is evaluated without its controls. Add them",
         )
@@ -96,17 +96,17 @@ def load_study(path: Path) -> Study:
 
 def _build(values: Any) -> Study:
     _check_keys(values, Study, "the study")
-    _require("bases" in values and "arms" in values, "the study needs bases and arms")
+    require("bases" in values and "arms" in values, "the study needs bases and arms")
     arms = {}
     for name, arm in (values["arms"] or {}).items():
         _check_keys(arm, Arm, f"arms.{name}")
-        _require("base" in arm and "config" in arm, f"arms.{name} needs base and config")
+        require("base" in arm and "config" in arm, f"arms.{name} needs base and config")
         arms[name] = Arm(**arm)
     return Study(**{**values, "arms": arms})
 
 
 def _check_keys(values: Any, kind: type, where: str) -> None:
-    _require(isinstance(values, dict), f"{where} is not a mapping of settings")
+    require(isinstance(values, dict), f"{where} is not a mapping of settings")
     for key in values:
         _known(key, [f.name for f in fields(kind)], where)
 
@@ -138,24 +138,17 @@ def fill(study: Study, bases: Mapping[str, str], data: Mapping[str, str]) -> Stu
         _known(name, study.bases, "--base")
     for name, file in data.items():
         _known(name, study.benchmarks, "--data")
-        _require(Path(file).is_file(), f"--data {name}: there is no file {file}")
+        require(Path(file).is_file(), f"--data {name}: there is no file {file}")
     filled_bases, filled_rows = {**study.bases, **bases}, {**study.benchmarks, **data}
     for name, value in filled_bases.items():
         hint = f"give --base {name}=FOLDER_OR_HUB_ID, or leave its arms out (--arms)"
-        _require(value is not None, f"base {name!r} is not set; {hint}")
+        require(value is not None, f"base {name!r} is not set; {hint}")
     for name, value in filled_rows.items():
         hint = f"give --data {name}=FILE, or leave it out (--benchmarks)"
-        _require(value is not None, f"benchmark {name!r} has no rows; {hint}")
+        require(value is not None, f"benchmark {name!r} has no rows; {hint}")
     return Study(filled_bases, study.arms, filled_rows, study.modes, study.options)
 
 
-def _known(name: Any, names: Any, where: str) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(str(name), [str(n) for n in names], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(map(str, names)) or 'none'}"
-        raise ConfigError(f"{where}: {name!r} is unknown{hint}")
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
+def _known(name: Any, names: Iterable[str], where: str) -> None:
+    names = list(names)
+    require(name in names, f"{where}: {name!r} is unknown{nearest(str(name), names)}")

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.clean_environment import without_ranks
+
 PROGRAMS = ("ip", "ssh", "sshd", "ssh-keygen", "unshare", "nsenter", "hostname")
 PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 ISOLATED = ("unshare", "--net", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc")
@@ -69,10 +71,8 @@ def why_not(*programs: str) -> str | None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a command on a node: without what a test's own rank has left in this process's."""
-    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    clean = {name: value for name, value in os.environ.items() if name not in ranks}
-    return {**clean, "PATH": PATH, "OMP_NUM_THREADS": "1", **more}
+    """Of a command on a node."""
+    return without_ranks(**{"PATH": PATH, "OMP_NUM_THREADS": "1", **more})
 
 
 @dataclass

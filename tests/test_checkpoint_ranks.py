@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from launch import export_adapter, universal_checkpoint
+from tests.clean_environment import without_ranks
 from tests.kill_and_resume import prepare
 from tests.test_zero_matrix import free_port
 
@@ -27,7 +28,7 @@ OFFLOAD = ("zero2_offload_cpu", "zero3_offload_cpu")
 
 def environment() -> dict[str, str]:
     """Of a launch."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return without_ranks(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 
 
 def launcher(ranks: int) -> list[str]:

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from launch.train import main
+from tests.clean_environment import without_ranks
 from tests.packed_corpora import random_repos, write_packed
 from tests.test_zero_matrix import free_port
 from tests.tiny_models import VOCAB, tiny_base
@@ -86,7 +87,7 @@ def launched(place: Path, *options: str) -> subprocess.CompletedProcess[str]:
         str(free_port()),
     ]
     command = [*runner, TRAIN, "--config", str(place / "tiny.yaml"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = without_ranks(OMP_NUM_THREADS="1")
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.clean_environment import without_ranks
 from tests.kill_and_resume import prepare
 from tests.test_zero_matrix import free_port
 from titans_ds.errors import ConfigError
@@ -21,7 +22,6 @@ from titans_ds.zero.ops import exclusive, needed_ops
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = str(ROOT / "launch" / "train.py")
 BIN = Path(sys.executable).parent
-RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 ACCELERATE = ["launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 
 
@@ -30,9 +30,7 @@ def start(place: Path, launcher: list[str], name: str, **environment: str) -> su
     options = ["--training.steps", "2", "--evaluation.interval", "0", "--checkpoint.interval", "0"]
     command = [*launcher, TRAIN, "--config", str(place / "config.yaml"), "--run.dir", str(place / name), *options]
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    # A test that trained in this process has left its rank in the environment; a launcher must not inherit it.
-    clean = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    given = {**clean, "OMP_NUM_THREADS": "1", "PATH": path, **environment}
+    given = without_ranks(**{"OMP_NUM_THREADS": "1", "PATH": path, **environment})
     return subprocess.run(command, cwd=place, env=given, capture_output=True, text=True, timeout=300)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from tests.clean_environment import without_ranks
 from tests.zero_matrix import Case, cases
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ def launch_matrix(out: Path) -> dict[str, Any]:
     """One launch runs every case; results by name, and `loading`."""
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     command = [*runner, "--master_port", str(free_port()), str(ROOT / "tests" / "zero_matrix.py"), str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = without_ranks(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = json.loads(out.read_text())

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import typing
 import warnings
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from titans_ds.errors import ConfigError
@@ -47,14 +48,20 @@ def _describe(hint: Any) -> str:
     return "nothing" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """How an error about an unknown name ends: with the known one spelt most like it, or with all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+
+
 def build(cls: Any, values: dict[str, Any], path: str, drop_unknown: bool) -> Any:
     """A dataclass out of plain values, nested ones too; unknown keys raise ConfigError, or warn and drop."""
     hints, known = typing.get_type_hints(cls), {f.name for f in dataclasses.fields(cls)}
     arguments = {}
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+            hint = nearest(key, known)
             if not drop_unknown:
                 raise ConfigError(f"unknown setting {path + key!r}{hint}")
             warnings.warn(f"unknown setting {path + key!r} is left out{hint}", stacklevel=3)
