@@ -38,6 +38,7 @@ from titans_ds.training.settings import DataSettings, ModelSettings, OptimizerSe
 from titans_ds.training.step import Carried, commit, run_passes
 from titans_ds.zero.config import complete_config
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
+from titans_ds.zero.leaving import leave, stop_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -138,8 +139,7 @@ def measure(options: argparse.Namespace) -> None:
     }
     if ranks.rank() == 0:
         options.out.write_text(json.dumps(row))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    stop_ranks()
 
 
 class RankLanes:
@@ -269,4 +269,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

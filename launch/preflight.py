@@ -28,12 +28,12 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from launch import train
 from launch.preflight_checks import Check, judge
 from launch.preflight_facts import collect
 from titans_ds.errors import TitansError
 from titans_ds.training import ranks
 from titans_ds.zero.engine import local_device, start_ranks
+from titans_ds.zero.leaving import leave, stop_ranks
 
 _COLORS = {"ok": "green", "note": "yellow", "FAILED": "red"}
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TitansError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    train.stop_ranks()
+    stop_ranks()
     return int(any(check.verdict == "FAILED" for check in checks))
 
 
@@ -85,4 +85,4 @@ def show(console: Console, checks: list[Check], facts: list[dict[str, object]]) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

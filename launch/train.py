@@ -45,7 +45,8 @@ from titans_ds.training.segments import RepositoryReader
 from titans_ds.training.settings import TrainConfig
 from titans_ds.zero.config import complete_config, read_config, zero_stage
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
-from titans_ds.zero.heartbeat import LOST, failed_everywhere, lost_contact, say_lost, stop_heartbeat
+from titans_ds.zero.heartbeat import LOST, failed_everywhere, lost_contact, say_lost
+from titans_ds.zero.leaving import leave, leave_at_once, stop_ranks
 from titans_ds.zero.loading import partitioned_loading
 from titans_ds.zero.offload import check_checkpointable, place_nvme
 from titans_ds.zero.ops import needed_ops, prepare_ops
@@ -76,7 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say_lost(lost)
         leave_at_once(LOST)
-        return LOST
 
 
 def train(config: TrainConfig, text: str) -> int:
@@ -248,20 +248,5 @@ def describe(console: Console, engine: Engine, hosts: list[int]) -> None:
     console.print(f"peak host memory by rank, base model loaded: {peaks}", highlight=False)
 
 
-def stop_ranks() -> None:
-    """Leave torch.distributed; its threads can abort a process that ends without."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # a rank that leaves while another still talks to it can abort
-        stop_heartbeat()
-        torch.distributed.destroy_process_group()
-
-
-def leave_at_once(code: int) -> None:
-    """End this process where another rank is gone: to take leave of torch.distributed would wait for that one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

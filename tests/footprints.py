@@ -25,6 +25,7 @@ from titans_ds.training.step import Carried, commit, run_passes
 from titans_ds.zero import footprint
 from titans_ds.zero.config import complete_config
 from titans_ds.zero.engine import local_device, start_ranks
+from titans_ds.zero.leaving import leave, stop_ranks
 from titans_ds.zero.measured import Watched, collectives
 
 BACKWARDS = 3
@@ -127,9 +128,9 @@ def main() -> None:
     results = [compare(case, corpus, device) for case in cases()]
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[-1]).write_text(json.dumps(results, indent=1))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    stop_ranks()
 
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import train
 from titans_ds.training import ranks
+from titans_ds.zero.leaving import leave
 
 LIMIT = 4096  # bytes
 
@@ -39,12 +40,13 @@ def main() -> None:
     """Run all of them."""
     runs = Path(sys.argv[-1])
     logging.captureWarnings(False)
-    leave, train.stop_ranks = train.stop_ranks, lambda: None  # the ranks stay for the next run
+    stop_ranks, train.stop_ranks = train.stop_ranks, lambda: None  # the ranks stay for the next run
     codes = [run(bool(full), arguments) for full, *arguments in json.loads(runs.read_text())]
     if ranks.rank() == 0:
         runs.with_name("CODES.json").write_text(json.dumps(codes))
-    leave()
+    stop_ranks()
 
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -74,9 +74,9 @@ def launcher(node: Node, hostfile: str, *options: str) -> list[str]:
     return [str(BIN / "deepspeed"), "--hostfile", hostfile, *address, *options]
 
 
-def arguments(place: Path, name: str, stage: int) -> list[str]:
+def arguments(place: Path, run: Path, stage: int) -> list[str]:
     """Of one run of the program."""
-    files = ["--config", str(place / "config.yaml"), "--run.dir", str(place / name)]
+    files = ["--config", str(place / "config.yaml"), "--run.dir", str(run)]
     return [*files, "--deepspeed", f"ds_configs/zero{stage}.json"]
 
 
@@ -103,49 +103,53 @@ def start(node: Node, *command: str) -> subprocess.Popen[str]:
     return subprocess.Popen(node.command(*command), env=environment(), stdout=pipe, stderr=pipe, text=True)
 
 
-def test_two_nodes_equal_one_node_and_one_process(place: Path, two: list[Node], monkeypatch: Any) -> None:
+def test_two_nodes_equal_one_node_and_one_process(
+    place: Path, two: list[Node], tmp_path: Path, monkeypatch: Any
+) -> None:
     """ZeRO-2 and ZeRO-3 under pdsh: 2 nodes, and 2 ranks of one node, in one launch each."""
     monkeypatch.chdir(place)
     for where, options in (("hostfile", []), ("one", ["--force_multi"])):
-        runs = [["", *arguments(place, f"{where}{stage}", stage)] for stage in (2, 3)]
-        (place / where).with_suffix(".json").write_text(json.dumps(runs))
-        done = two[0].run(*launcher(two[0], where, *options), MANY, str(place / f"{where}.json"))
+        runs = [["", *arguments(place, tmp_path / f"{where}{stage}", stage)] for stage in (2, 3)]
+        (tmp_path / f"{where}.json").write_text(json.dumps(runs))
+        done = two[0].run(*launcher(two[0], where, *options), MANY, str(tmp_path / f"{where}.json"))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert ("node2: " in done.stdout) == (where == "hostfile")
         for stage in (2, 3):
-            assert_same(place / f"{where}{stage}", place / "alone")
+            assert_same(tmp_path / f"{where}{stage}", place / "alone")
     for stage in (2, 3):
-        assert losses(place / f"hostfile{stage}") == losses(place / f"one{stage}")  # the same sums in the same order
+        assert losses(tmp_path / f"hostfile{stage}") == losses(
+            tmp_path / f"one{stage}"
+        )  # the same sums in the same order
     assert losses(place / "alone")[1] - losses(place / "alone")[STEPS] > 0.1  # a path that goes somewhere
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun; apt-get install openmpi-bin libopenmpi-dev")
-def test_two_nodes_under_open_mpi(place: Path, two: list[Node], monkeypatch: Any) -> None:
+def test_two_nodes_under_open_mpi(place: Path, two: list[Node], tmp_path: Path, monkeypatch: Any) -> None:
     """Ranks find themselves through mpi4py, by host name."""
     monkeypatch.chdir(place)
     mpi = "--allow-run-as-root --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 -x PATH"
     options = ["--launcher", "openmpi", "--launcher_args", mpi]
-    done = two[0].run(*launcher(two[0], "hostfile", *options), TRAIN, *arguments(place, "mpi", 2))
+    done = two[0].run(*launcher(two[0], "hostfile", *options), TRAIN, *arguments(place, tmp_path / "run", 2))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " GiB, " in done.stdout  # peak memory of two ranks
-    assert_same(place / "mpi", place / "alone")
+    assert_same(tmp_path / "run", place / "alone")
 
 
-def test_torchrun_finds_its_ranks_by_rendezvous(place: Path, two: list[Node], monkeypatch: Any) -> None:
+def test_torchrun_finds_its_ranks_by_rendezvous(place: Path, two: list[Node], tmp_path: Path, monkeypatch: Any) -> None:
     """One torchrun on every node; neither is told its number."""
     monkeypatch.chdir(place)
     meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=node1:{free_port(two[0])}", "--rdzv_id=test"]
     torchrun = [str(BIN / "torchrun"), "--nnodes=2", "--nproc_per_node=1", *meeting, TRAIN]
     given = {"GLOO_SOCKET_IFNAME": "eth0", "DS_ACCELERATOR": "cpu"}
     second = subprocess.Popen(
-        two[1].command(*torchrun, *arguments(place, "torchrun", 3)),
+        two[1].command(*torchrun, *arguments(place, tmp_path / "run", 3)),
         env=environment(**given),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    done = two[0].run(*torchrun, *arguments(place, "torchrun", 3), **given)
+    done = two[0].run(*torchrun, *arguments(place, tmp_path / "run", 3), **given)
     assert (done.returncode, second.wait(timeout=60)) == (0, 0), done.stdout[-3000:] + done.stderr[-3000:]
-    assert_same(place / "torchrun", place / "alone")
+    assert_same(tmp_path / "run", place / "alone")
 
 
 @pytest.mark.parametrize(("stage", "way"), [(2, "killed"), (3, "unplugged")])
@@ -153,7 +157,8 @@ def test_a_lost_node(place: Path, tmp_path: Path, monkeypatch: Any, stage: int, 
     """The other stops within 60 s and says why; the run goes on on one node (ZeRO-3: then on two again) as if nothing
     had been."""
     monkeypatch.chdir(place)
-    run, program = place / f"lost{stage}", [TRAIN, *arguments(place, f"lost{stage}", stage), "--resume", "auto"]
+    run = tmp_path / "run"
+    program = [TRAIN, *arguments(place, run, stage), "--resume", "auto"]
     with nodes(tmp_path / "n") as (first, second):
         process = start(first, *launcher(first, "hostfile"), *program)
         wait_for(run, 8, process)

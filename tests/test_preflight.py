@@ -95,9 +95,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(place: Path) -> list[str]:
+def settings(place: Path, runs: Path) -> list[str]:
     """Of the run."""
-    return ["--config", str(place / "config.yaml"), "--run.dir", str(place / "runs" / "r")]
+    return ["--config", str(place / "config.yaml"), "--run.dir", str(runs / "r")]
 
 
 def launch(node: Node, *command: str) -> subprocess.CompletedProcess[str]:
@@ -106,9 +106,9 @@ def launch(node: Node, *command: str) -> subprocess.CompletedProcess[str]:
     return node.run(str(Path(sys.executable).parent / "deepspeed"), "--hostfile", "hostfile", *address, *command)
 
 
-def preflight(node: Node, place: Path) -> subprocess.CompletedProcess[str]:
+def preflight(node: Node, place: Path, runs: Path) -> subprocess.CompletedProcess[str]:
     """Of that run."""
-    return launch(node, PREFLIGHT, *settings(place), "--mib", "4", "--wait", "60")
+    return launch(node, PREFLIGHT, *settings(place, runs), "--mib", "4", "--wait", "60")
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -116,13 +116,14 @@ def preflight(node: Node, place: Path) -> subprocess.CompletedProcess[str]:
 def test_two_real_nodes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ready; then the second has no corpus, another version of a package, and a run folder of its own."""
     monkeypatch.chdir(place)
-    (place / "runs").mkdir()
+    runs = tmp_path / "runs"
+    runs.mkdir()
     with nodes(tmp_path / "n") as (first, second):
-        done = preflight(first, place)
+        done = preflight(first, place, runs)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert "READY (2 ranks on 2 nodes)" in done.stdout
         assert "NOT READY" not in done.stdout
-        assert list((place / "runs").iterdir()) == []
+        assert list(runs.iterdir()) == []
 
         installed = metadata.distribution("safetensors")
         path = Path(str(installed.locate_file(f"safetensors-{installed.version}.dist-info/METADATA")))
@@ -133,11 +134,13 @@ def test_two_real_nodes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         for mount in (
             ["--bind", str(other), str(path)],
             ["-t", "tmpfs", "none", str(place / "corpus")],
-            ["-t", "tmpfs", "none", str(place / "runs")],
+            ["-t", "tmpfs", "none", str(runs)],
         ):
             assert second.run("mount", *mount).returncode == 0
-        done = preflight(first, place)
-        trained = launch(first, str(ROOT / "launch" / "train.py"), *settings(place), "--run.check_memory", "false")
+        done = preflight(first, place, runs)
+        trained = launch(
+            first, str(ROOT / "launch" / "train.py"), *settings(place, runs), "--run.check_memory", "false"
+        )
     assert trained.returncode != 0  # who starts all the same is told so by the one rank that can't go on
     assert "is not a packed corpus" in trained.stderr, trained.stderr[-3000:]
     assert "(rank 1 on node2 alone)" in trained.stderr

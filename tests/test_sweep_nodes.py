@@ -82,9 +82,9 @@ def wait_for(condition: Any, seconds: float = 180) -> Any:
     return value
 
 
-def start(place: Path, command: list[str]) -> subprocess.Popen[bytes]:
+def start(place: Path, command: list[str], folder: Path) -> subprocess.Popen[bytes]:
     """The sweep process."""
-    with (place / "sweep.log").open("a") as log:
+    with (folder / "sweep.log").open("a") as log:
         return subprocess.Popen(command, cwd=place, env=environment(), stdout=log, stderr=log)
 
 
@@ -99,14 +99,14 @@ def log_of(study: Path, trial: int, attempt: int) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def test_two_trials_on_two_groups_of_two_nodes(place: Path, four: list[Node]) -> None:
+def test_two_trials_on_two_groups_of_two_nodes(place: Path, four: list[Node], tmp_path: Path) -> None:
     """When the sweep process is killed, no rank runs on, on any node; when it is stopped, all are saved; both trials go
     on from their checkpoints."""
-    study = place / "study"
+    study = tmp_path / "study"
     options = ["--executor", "hostfile", "--hostfile", "hostfile", "--nodes-per-trial", "2", "--lease", "30"]
-    command = four[0].command(sys.executable, SWEEP, "--space", "space.yaml", "--study", "study", *options)
+    command = four[0].command(sys.executable, SWEEP, "--space", "space.yaml", "--study", str(study), *options)
     command = [word if not word.startswith("--wd=") else f"--wd={place}" for word in command]
-    first = start(place, command)
+    first = start(place, command, tmp_path)
     wait_for(lambda: len(list(study.glob("trials/*/run/checkpoints/latest"))) == 2)
     ranks = processes("--local_rank=0", str(study))
     assert len(ranks) == 4
@@ -114,7 +114,7 @@ def test_two_trials_on_two_groups_of_two_nodes(place: Path, four: list[Node]) ->
     signal_sweep(signal.SIGKILL)
     first.wait(timeout=30)
     wait_for(lambda: not processes("launch/train.py", str(study)), 40)
-    second = start(place, command)
+    second = start(place, command, tmp_path)
     wait_for(lambda: all("going on from" in log_of(study, n, 2) for n in (0, 1)))
     signal_sweep(signal.SIGTERM)
     assert second.wait(timeout=90) == 143

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 import titans_ds
-from launch.train import stop_ranks
 from tests.packed_corpora import random_repos, write_packed
 from tests.tiny_models import tiny_base
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
@@ -35,6 +34,7 @@ from titans_ds.training.step import Carried, commit, run_passes
 from titans_ds.zero.adamw import SkippableAdamW
 from titans_ds.zero.config import complete_config
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
+from titans_ds.zero.leaving import leave, stop_ranks
 from titans_ds.zero.loading import partitioned_loading
 
 LANES, SEGMENT, STEPS, SGD_LR = 4, 16, 20, 0.1
@@ -306,3 +306,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
