@@ -7,6 +7,7 @@ keyword arguments through.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
@@ -49,9 +50,14 @@ def find_mixers(base_model: nn.Module) -> list[Mixer]:
             f"{', '.join(supported_model_types())}. Load the text model with AutoModelForCausalLM, "
             "or add an entry to titans_ds/graft/families.py"
         )
-    path, attention, linear = _MIXERS[model_type]
-    layers: nn.ModuleList = base_model.get_submodule(path)  # type: ignore[assignment]
-    return [_mixer_of(index, layer, attention, linear) for index, layer in enumerate(layers)]
+    _, attention, linear = _MIXERS[model_type]
+    return [_mixer_of(index, layer, attention, linear) for index, layer in enumerate(layers_of(base_model))]
+
+
+def layers_of(base_model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that `find_mixers` supports."""
+    path, *_ = _MIXERS[str(cast(Any, base_model).config.model_type)]
+    return list(cast(nn.ModuleList, base_model.get_submodule(path)))
 
 
 def _mixer_of(index: int, layer: nn.Module, attention: str, linear: str | None) -> Mixer:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from titans_ds.errors import ConfigError, TitansError
 from titans_ds.graft import lora
 from titans_ds.graft.titans_model import TitansModel
+from titans_ds.training.compiled import compile_parts
 from titans_ds.training.engine import Engine
 from titans_ds.training.module import PlainModel, TrainingModule
 from titans_ds.training.segments import Separators
@@ -75,9 +76,10 @@ def make_module(base: nn.Module, config: TrainConfig) -> TrainingModule:
     train_base = config.model.trainable == "all"
     torch.manual_seed(config.training.seed)
     model = _graft(base, config, train_base)
+    compile_parts(base, config.training.compile)
     if config.training.checkpointing:
         enable_checkpointing(base)
-    return TrainingModule(model, config.training.loss_chunk_tokens).train()
+    return TrainingModule(model, config.training.loss_chunk_tokens, config.training.loss_kernel).train()
 
 
 def _graft(base: nn.Module, config: TrainConfig, train_base: bool) -> TitansModel | PlainModel:

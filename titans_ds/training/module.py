@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from titans_ds.graft.titans_model import MemoryOutput, TitansModel
 from titans_ds.memory import LayerState, Tape
-from titans_ds.training.loss import token_losses
+from titans_ds.training.loss import LossKernel, fused_token_losses, fused_weight, token_losses
 from titans_ds.training.segments import Batch
 
 States = dict[int, LayerState]
@@ -100,12 +100,16 @@ class TrainingModule(nn.Module):
     Args:
         model: TitansModel or PlainModel.
         loss_chunk_tokens: tokens whose logits exist at a time.
+        loss_kernel: see TrainingSettings.
     """
 
-    def __init__(self, model: TitansModel | PlainModel, loss_chunk_tokens: int) -> None:
+    def __init__(
+        self, model: TitansModel | PlainModel, loss_chunk_tokens: int, loss_kernel: LossKernel = "auto"
+    ) -> None:
         super().__init__()
         self.model = model
         self.loss_chunk_tokens = loss_chunk_tokens
+        self.loss_kernel = loss_kernel
 
     def forward(self, *inputs: Any) -> Any:
         """`segment`; or `replay`, where the one input is a Window. An engine knows a single forward."""
@@ -160,8 +164,14 @@ class TrainingModule(nn.Module):
                 derived=wanted.derived,
                 tape=tape,
             )
-        row_losses = token_losses(model.logits, output.last_hidden, labels, self.loss_chunk_tokens).sum(dim=1)
+        row_losses = self._token_losses(output.last_hidden, labels).sum(dim=1)
         return row_losses.sum(), row_losses, output.state, output.stats
+
+    def _token_losses(self, hidden_BTH: Tensor, labels_BT: Tensor) -> Tensor:
+        weight = fused_weight(cast(Any, self.model.base_model).get_output_embeddings(), self.loss_kernel)
+        if weight is not None:
+            return fused_token_losses(weight, hidden_BTH, labels_BT, self.loss_chunk_tokens)
+        return token_losses(cast(LanguageModel, self.model).logits, hidden_BTH, labels_BT, self.loss_chunk_tokens)
 
 
 def _recomputes(base: nn.Module) -> bool:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from titans_ds.config import GraftConfig, LoraSettings, Order, check_choices, check_trainable
 from titans_ds.errors import ConfigError
+from titans_ds.training.compiled import Compile
+from titans_ds.training.loss import LossKernel, check_kernel
 from titans_ds.training.segments import Layout, Reset
 
 SecondOrder = Literal["auto", "two_phase", "window", "through_base"]
@@ -132,6 +134,11 @@ class TrainingSettings:
             layers' inputs.
         reentrant: refused; here to say so.
         loss_chunk_tokens: tokens whose logits exist at a time.
+        loss_kernel: how the loss is made: `liger`, with Liger's kernel where the language-model head is frozen and
+            whole on every rank (not under ZeRO-3; otherwise like `chunked`); `chunked`, in plain PyTorch; `auto`: liger
+            on a GPU, where it is installed.
+        compile: torch.compile for each layer's norms and MLP (`mlp`), or its token mixer, too (`layers`). Not under
+            ZeRO-3, and not through_base, which needs second derivatives.
         seed: of everything random.
         log_interval: steps between lines of metrics.
         nonfinite_limit: stop after this many steps in a row with a loss, gradient or state that is not finite.
@@ -147,6 +154,8 @@ class TrainingSettings:
     offload_activations: bool = False
     reentrant: bool = False
     loss_chunk_tokens: int = 1024
+    loss_kernel: LossKernel = "auto"
+    compile: Compile = "none"
     seed: int = 0
     log_interval: int = 1
     nonfinite_limit: int = 10
@@ -156,6 +165,7 @@ class TrainingSettings:
         _at_least(
             self, "training", steps=1, window=1, accumulation=1, loss_chunk_tokens=1, log_interval=1, nonfinite_limit=1
         )
+        check_kernel(self.loss_kernel)
         _require(
             not self.reentrant,
             "training.reentrant is on; reentrant checkpointing gives wrong or missing gradients through a memory write "
@@ -301,6 +311,7 @@ class TrainConfig:
         if self.graft is not None:
             check_trainable(self.graft, self.training.order)
             self._check_second_order(self.graft.injection)
+            self._check_compile(self.graft.injection)
 
     def _check_second_order(self, injection: str) -> None:
         if self.training.order == "first" or injection != "prefix":
@@ -313,6 +324,15 @@ class TrainConfig:
         )
         if chosen == "auto":
             object.__setattr__(self, "training", replace(self.training, second_order="through_base"))
+
+    def _check_compile(self, injection: str) -> None:
+        through_base = injection == "prefix" or self.training.scheme == "through_base"
+        _require(
+            self.training.compile == "none" or not through_base,
+            f"training.compile is {self.training.compile!r}, but the memory is written through the base model (graft."
+            "injection 'prefix', or training.second_order 'through_base'), and a compiled layer has no second derivatives; "
+            "set training.compile to 'none'",
+        )
 
     @property
     def segment_tokens(self) -> int:

@@ -1,0 +1,62 @@
+"""Compiled parts of a base model compute what they did before."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo as dynamo
+from torch import Tensor, nn
+
+import titans_ds
+from tests.tiny_models import tiny_base, token_ids
+from titans_ds.config import GraftConfig, MemoryConfig
+from titans_ds.errors import ConfigError
+from titans_ds.training.compiled import Compile, compile_parts
+from titans_ds.training.module import TrainingModule
+from titans_ds.training.settings import DataSettings, ModelSettings, TrainConfig, TrainingSettings
+
+
+def results(base: nn.Module, what: Compile) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Row losses of two segments, gradients, and how many parts were compiled."""
+    torch.manual_seed(0)
+    model = titans_ds.attach(copy.deepcopy(base), GraftConfig(segment_tokens=16, memory=MemoryConfig(dim=8)))
+    count = compile_parts(model.base_model, what)
+    module, ids = TrainingModule(model, 32).train(), token_ids(4, 16)
+    reset, mask, state, losses = torch.ones(2, dtype=torch.bool), torch.ones(2, 16, dtype=torch.bool), None, []
+    for rows in ids.split(2):
+        total, row_losses, state, _ = module(rows, rows, mask, reset, state, (True, True, False, False, True))
+        total.backward()
+        losses.append(row_losses.detach())
+        state, reset = {i: {n: t.detach() for n, t in s.items()} for i, s in state.items()}, torch.zeros_like(reset)
+    return torch.cat(losses), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}, count
+
+
+@pytest.mark.parametrize(("family", "what", "count"), [("qwen2", "mlp", 3), ("qwen3_5", "layers", 4)])
+def test_compiled_equals_eager(family: str, what: Compile, count: int) -> None:
+    """Losses, and the gradients of what is trained; two norms and the MLP a layer, and the mixer."""
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    base = tiny_base(family)
+    layers = int(base.config.num_hidden_layers)
+    plain, plain_grads, none = results(base, "none")
+    ours, grads, compiled = results(base, what)
+    assert (none, compiled) == (0, count * layers)
+    assert 0 < dynamo.utils.counters["stats"]["unique_graphs"] < compiled  # shared by the layers
+    assert not dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-5)
+    assert grads.keys() == plain_grads.keys() != set()
+    for name, gradient in plain_grads.items():
+        torch.testing.assert_close(grads[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_what_cannot_be_compiled_is_refused() -> None:
+    """A partitioned base, and writes through the base."""
+    base = tiny_base("qwen2")
+    next(base.parameters()).ds_id = 0
+    with pytest.raises(ConfigError, match="ZeRO-3"):
+        compile_parts(base, "mlp")
+    training = TrainingSettings(order="second", window=2, second_order="through_base", compile="mlp")
+    with pytest.raises(ConfigError, match="second derivatives"):
+        TrainConfig(ModelSettings(base="x"), DataSettings("x"), GraftConfig(), training=training)
