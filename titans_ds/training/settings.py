@@ -329,9 +329,9 @@ class TrainConfig:
         through_base = injection == "prefix" or self.training.scheme == "through_base"
         _require(
             self.training.compile == "none" or not through_base,
-            f"training.compile is {self.training.compile!r}, but the memory is written through the base model (graft."
-            "injection 'prefix', or training.second_order 'through_base'), and a compiled layer has no second derivatives; "
-            "set training.compile to 'none'",
+            f"training.compile is {self.training.compile!r}, but the memory is written through the base model, and a "
+            "compiled layer has no second derivatives; set training.compile to 'none' (or neither graft.injection to "
+            "'prefix' nor training.second_order to 'through_base')",
         )
 
     @property
