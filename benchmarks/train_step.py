@@ -102,14 +102,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = _config(arguments)
     engine = make_engine(config, device)
     lanes = RandomLanes(arguments.lanes, arguments.tokens, build.vocabulary_of(engine.module.model.base_model))
+    measured = alternate(engine, lanes, config.training, arguments.warmup, arguments.steps, device)
+    return _report(arguments, engine.module, measured, device)
+
+
+def alternate(
+    engine: TorchEngine,
+    lanes: RandomLanes,
+    settings: TrainingSettings,
+    warmup: int,
+    steps: int,
+    device: torch.device,
+) -> dict[bool, Measured]:
+    """Steps with memory on (True) and off, by turns; those of the warm-up don't count."""
     carried = {True: Carried(), False: Carried()}
     measured = {True: Measured(), False: Measured()}
-    for step in range(arguments.warmup + arguments.steps):
+    for step in range(warmup + steps):
         for write in (True, False):
-            seconds, most = one_step(engine, lanes, carried[write], config.training, write, device)
-            measured[write].peak_bytes = max(measured[write].peak_bytes, most if step >= arguments.warmup else 0)
-            measured[write].seconds += [seconds] * (step >= arguments.warmup)
-    return _report(arguments, engine.module, measured, device)
+            seconds, most = one_step(engine, lanes, carried[write], settings, write, device)
+            measured[write].peak_bytes = max(measured[write].peak_bytes, most if step >= warmup else 0)
+            measured[write].seconds += [seconds] * (step >= warmup)
+    return measured
 
 
 def one_step(

@@ -1,0 +1,189 @@
+"""How fast a step on a frozen base is: each way to speed it up over plain PyTorch, and memory on over memory off.
+
+    python -m benchmarks.frozen_step                                                   # a tiny hybrid
+    python -m benchmarks.frozen_step --base qwen3.5-9b-random --dtype bfloat16 --lanes 1 --tokens 4096 --out FILE.json
+
+Off is the same graft with the same trainable parameters, reading the fixed initial weights and writing nothing. Within
+a row, steps of both kinds alternate; rows follow one another, since a large model fits once, and `plain` comes again
+at the end. The floor is the time that the matrix products of the plain step, counted by PyTorch, take at the rate of a
+large product measured in the same run. Written after every row. Needs no deepspeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.train_step import NINE_BILLION, TINY, Measured, RandomLanes, alternate, make_engine, now, one_step
+from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
+from titans_ds.errors import TitansError
+from titans_ds.training import build
+from titans_ds.training.engine import TorchEngine
+from titans_ds.training.run_folder import versions
+from titans_ds.training.settings import DataSettings, ModelSettings, TrainConfig, TrainingSettings
+from titans_ds.training.step import Carried
+
+BASES: dict[str, dict[str, Any]] = {"tiny": TINY, "qwen3.5-9b-random": NINE_BILLION}
+LORA = "lora"
+# By name: settings of training; `lora`: rank 64 on attention, beside the memory.
+ROWS: dict[str, dict[str, Any]] = {
+    "plain": {"loss_kernel": "chunked"},
+    "loss": {},
+    "mlp": {"compile": "mlp"},
+    "layers": {"compile": "layers"},
+    "lora": {LORA: True},
+    "lora_layers": {LORA: True, "compile": "layers"},
+    "plain_again": {"loss_kernel": "chunked"},
+}
+
+
+def main() -> int:
+    """Run the program; returns its exit code."""
+    options = _options()
+    try:
+        report = measure(options)
+    except TitansError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(report))
+    return 0
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Every row, and the floor."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
+    report: dict[str, Any] = {
+        "base": options.base,
+        "setting": f"{options.dtype}, {options.lanes} x {options.tokens} tokens, memory dim {options.dim}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "matmul_flops_per_second": matmul_rate(device, options.dtype),
+        "command": " ".join(["python -m benchmarks.frozen_step", *sys.argv[1:]]),
+        "versions": versions(),
+        "rows": {},
+    }
+    for name in options.rows:
+        report["rows"][name] = measure_row(options, ROWS[name], device, report)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(name, _short(report["rows"][name]), file=sys.stderr, flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def measure_row(
+    options: argparse.Namespace, given: dict[str, Any], device: torch.device, report: dict[str, Any]
+) -> dict[str, Any]:
+    """One row; the first of them counts the products of a step."""
+    config = _config(options, given)
+    try:
+        engine = make_engine(config, device)
+        lanes = RandomLanes(options.lanes, options.tokens, build.vocabulary_of(engine.module.model.base_model))
+        if "flops_per_token" not in report and not given.get("compile"):
+            report["flops_per_token"] = count(engine, lanes, config.training, device) / (options.lanes * options.tokens)
+        measured = alternate(engine, lanes, config.training, options.warmup, options.steps, device)
+    except torch.OutOfMemoryError as error:
+        return {"failure": str(error).splitlines()[0]}
+    on, off = (_figures(measured[write], options.lanes * options.tokens) for write in (True, False))
+    return {"memory_on": on, "memory_off": off}
+
+
+def count(engine: TorchEngine, lanes: RandomLanes, settings: TrainingSettings, device: torch.device) -> int:
+    """Floating-point operations of the matrix products and attention of one step with memory off."""
+    with FlopCounterMode(display=False) as counter:
+        one_step(engine, lanes, Carried(), settings, False, device)
+    return int(counter.get_total_flops())
+
+
+def matmul_rate(device: torch.device, dtype: str) -> float:
+    """Floating-point operations a second of a large product, the best of ten."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=getattr(torch, dtype))
+    seconds = []
+    for _ in range(13):
+        start = now(device)
+        a @ b
+        seconds.append(now(device) - start)
+    return float(2 * size**3 / min(seconds[3:]))
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table."""
+    floor = report["matmul_flops_per_second"] / report["flops_per_token"] if "flops_per_token" in report else None
+    plain = report["rows"].get("plain", {}).get("memory_off", {}).get("tokens_per_second")
+    lines = [f"{report['base']}, {report['device']}, {report['setting']}", ""]
+    if floor:
+        lines += [f"floor {floor:,.0f} tokens/s: {report['flops_per_token'] / 1e9:.1f} GFLOP a token", ""]
+    lines += [
+        "| | off, tokens/s | over plain | share of floor | on, tokens/s | on / off | peak GiB |",
+        "|" + "---|" * 7,
+    ]
+    for name, row in report["rows"].items():
+        if "failure" in row:
+            lines.append(f"| {name} | {row['failure']} |" + " |" * 5)
+            continue
+        on, off = row["memory_on"], row["memory_off"]
+        speed = off["tokens_per_second"]
+        cells = [f"{speed:,.0f}", f"{speed / plain:.3f}" if plain else "-", f"{speed / floor:.3f}" if floor else "-"]
+        cells += [f"{on['tokens_per_second']:,.0f}", f"{on['tokens_per_second'] / speed:.3f}", f"{on['peak_gib']:.2f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _short(row: dict[str, Any]) -> str:
+    if "failure" in row:
+        return str(row["failure"])
+    return ", ".join(f"{k}: {v['tokens_per_second']:,.0f} tokens/s" for k, v in row.items())
+
+
+def _figures(measured: Measured, tokens: int) -> dict[str, Any]:
+    median = statistics.median(measured.seconds)
+    peak_gib = measured.peak_bytes / 2**30
+    return {"tokens_per_second": tokens / median, "seconds": measured.seconds, "peak_gib": peak_gib}
+
+
+def _config(options: argparse.Namespace, given: dict[str, Any]) -> TrainConfig:
+    random = BASES.get(options.base)
+    chosen = {k: v for k, v in given.items() if k != LORA}
+    training = TrainingSettings(checkpointing=options.checkpointing, loss_chunk_tokens=2048, **chosen)
+    return TrainConfig(
+        model=ModelSettings(base=None if random else options.base, architecture=random, dtype=options.dtype),
+        data=DataSettings(corpus="random tokens"),
+        graft=GraftConfig(segment_tokens=options.tokens, memory=MemoryConfig(dim=options.dim)),
+        lora=LoraSettings(rank=64) if given.get(LORA) else None,
+        training=training,
+        deepspeed=None,
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="tiny", help="tiny, qwen3.5-9b-random, or a path or hub id (default: tiny)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--lanes", type=int, default=2, help="segments side by side (default: 2)")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a segment (default: 256)")
+    parser.add_argument("--dim", type=int, default=None, help="memory dim (default: 512, or 64 for tiny)")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
+    )
+    parser.add_argument("--steps", type=int, default=8, help="steps of each kind that count (default: 8)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each kind before them (default: 3)")
+    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
+    parser.add_argument("--out", type=Path, help="write the report as JSON after every row")
+    options = parser.parse_args()
+    options.dim = options.dim or (64 if options.base == "tiny" else 512)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
