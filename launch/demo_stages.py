@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import sys
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from launch.stages import Stage
 from titans_ds.errors import DataError, TitansError
+from titans_ds.zero.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = "scratch"  # --base: train a tiny one from random weights
@@ -181,10 +181,3 @@ def launcher(ranks: int) -> list[str]:
     if found is None:
         raise TitansError("the command `deepspeed` is not installed in this environment; run `make setup`")
     return [found, "--quiet", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-
-
-def free_port() -> int:
-    """A port that nobody listens on, so that two launches on one machine do not meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

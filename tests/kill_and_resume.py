@@ -17,7 +17,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ import yaml
 from launch import train
 from tests.packed_corpora import random_repos, write_packed
 from tests.tiny_models import tiny_base
+from titans_ds.zero.ports import free_port
 
 EXACT = ("loss", "grad_norm", "lr", "gate", "write_norm", "tokens", "skipped_steps", "losses", "minus_memory")
 TIMEOUT = 300.0
@@ -57,9 +57,7 @@ def prepare(folder: Path, deepspeed: str | None) -> None:
 
 def start(folder: Path, name: str, ranks: int) -> list[int]:
     """Fork the ranks of one run; their process ids."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     arguments = ["--config", str(folder / "config.yaml"), "--run.dir", str(folder / name), "--resume", "auto"]
     return [_fork(folder / f"{name}.log", arguments, rank, ranks, port) for rank in range(ranks)]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -200,10 +201,11 @@ def _wait_until(ready: Callable[[], bool], log: Path, seconds: float = 30) -> No
         time.sleep(0.1)
 
 
-def free_port(node: Node) -> int:
-    """A port that nobody listens on there."""
-    text = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
-    return int(node.run(sys.executable, "-c", text).stdout)
+def port_on(node: Node) -> int:
+    """A port that nobody listens on there, and that no connection gets: free_port is for this machine's network."""
+    text = "import socket; s = socket.socket(); s.bind(('', {})); print('free')"
+    ports = (random.randrange(10_000, 20_000) for _ in range(100))
+    return next(port for port in ports if node.run(sys.executable, "-c", text.format(port)).stdout == "free\n")
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.clean_environment import without_ranks
+from titans_ds.zero.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "unshare")
 IN_NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -177,7 +178,7 @@ def slurm_cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Clust
     (folder / "munge").chmod(0o711)
     (folder / "munge" / "key").write_bytes(os.urandom(128))
     (folder / "munge" / "key").chmod(0o400)
-    host, ports = socket.gethostname(), _free_ports(nodes + 1)
+    host, ports = socket.gethostname(), [free_port() for _ in range(nodes + 1)]
     lines = [
         f"NodeName=node{n} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[n]} CPUs={cpus}"
         for n in range(1, nodes + 1)
@@ -190,14 +191,6 @@ def slurm_cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Clust
         yield cluster
     finally:
         cluster._stop_all()
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from launch import export_adapter, universal_checkpoint
 from tests.clean_environment import without_ranks
 from tests.kill_and_resume import prepare
-from tests.test_zero_matrix import free_port
+from titans_ds.zero.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (0, 1, 2, 3)

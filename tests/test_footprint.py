@@ -13,9 +13,9 @@ import pytest
 from launch import scaling
 from tests.clean_environment import without_ranks
 from tests.footprints import cases
-from tests.test_zero_matrix import free_port
 from titans_ds.zero import footprint
 from titans_ds.zero.footprint import Machine, Model, Setup
+from titans_ds.zero.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHIN = 0.05

@@ -30,9 +30,9 @@ from transformers import (
 from launch.train import main
 from tests.clean_environment import without_ranks
 from tests.packed_corpora import random_repos, write_packed
-from tests.test_zero_matrix import free_port
 from tests.tiny_models import VOCAB, tiny_base
 from titans_ds.graft.titans_model import TitansModel
+from titans_ds.zero.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = str(ROOT / "launch" / "train.py")

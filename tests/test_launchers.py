@@ -14,10 +14,10 @@ import pytest
 
 from tests.clean_environment import without_ranks
 from tests.kill_and_resume import prepare
-from tests.test_zero_matrix import free_port
 from titans_ds.errors import ConfigError
 from titans_ds.zero.offload import check_checkpointable, place_nvme
 from titans_ds.zero.ops import exclusive, needed_ops
+from titans_ds.zero.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = str(ROOT / "launch" / "train.py")

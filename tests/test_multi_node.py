@@ -16,7 +16,7 @@ import yaml
 
 from launch import deepspeed_env, universal_checkpoint
 from tests.kill_and_resume import prepare
-from tests.namespaces import Node, environment, free_port, nodes, why_not
+from tests.namespaces import Node, environment, nodes, port_on, why_not
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, MANY = str(ROOT / "launch" / "train.py"), str(ROOT / "tests" / "many_runs.py")
@@ -70,7 +70,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def launcher(node: Node, hostfile: str, *options: str) -> list[str]:
     """DeepSpeed's, started on a node."""
-    address = ["--master_addr", node.address, "--master_port", str(free_port(node))]
+    address = ["--master_addr", node.address, "--master_port", str(port_on(node))]
     return [str(BIN / "deepspeed"), "--hostfile", hostfile, *address, *options]
 
 
@@ -138,7 +138,7 @@ def test_two_nodes_under_open_mpi(place: Path, two: list[Node], tmp_path: Path, 
 def test_torchrun_finds_its_ranks_by_rendezvous(place: Path, two: list[Node], tmp_path: Path, monkeypatch: Any) -> None:
     """One torchrun on every node; neither is told its number."""
     monkeypatch.chdir(place)
-    meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=node1:{free_port(two[0])}", "--rdzv_id=test"]
+    meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=node1:{port_on(two[0])}", "--rdzv_id=test"]
     torchrun = [str(BIN / "torchrun"), "--nnodes=2", "--nproc_per_node=1", *meeting, TRAIN]
     given = {"GLOO_SOCKET_IFNAME": "eth0", "DS_ACCELERATOR": "cpu"}
     second = subprocess.Popen(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -16,8 +15,9 @@ import pytest
 from launch import deepspeed_env
 from launch.preflight_checks import judge
 from tests.kill_and_resume import prepare
-from tests.namespaces import Node, environment, free_port, nodes, why_not
+from tests.namespaces import Node, environment, nodes, port_on, why_not
 from titans_ds.zero.engine import import_deepspeed
+from titans_ds.zero.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFLIGHT = str(ROOT / "launch" / "preflight.py")
@@ -102,7 +102,7 @@ def settings(place: Path, runs: Path) -> list[str]:
 
 def launch(node: Node, *command: str) -> subprocess.CompletedProcess[str]:
     """Under DeepSpeed's launcher, on both nodes."""
-    address = ["--master_addr", node.address, "--master_port", str(free_port(node))]
+    address = ["--master_addr", node.address, "--master_port", str(port_on(node))]
     return node.run(str(Path(sys.executable).parent / "deepspeed"), "--hostfile", "hostfile", *address, *command)
 
 
@@ -153,10 +153,8 @@ def test_two_real_nodes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_missing_rank_is_waited_for_and_named(place: Path) -> None:
     """One of two comes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = str(free_port())
     command = [sys.executable, PREFLIGHT, "--config", str(place / "config.yaml"), "--wait", "3"]
     given = environment(DS_ACCELERATOR="cpu", **alone)
     done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=120)

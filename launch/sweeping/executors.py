@@ -19,6 +19,7 @@ from typing import IO, Protocol
 from launch.sweeping.errors import SweepError
 from launch.sweeping.launch import Launch
 from launch.sweeping.study import Study, Trial
+from titans_ds.zero.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
@@ -132,13 +133,6 @@ def working_folder(study: Study) -> Path:
             f"the study was started in {study.cwd}, which is not on {socket.gethostname()}; mount it there"
         )
     return study.cwd
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def visible_gpus() -> list[str]:

@@ -20,6 +20,7 @@ from launch.sweeping.keeper import BEATS_IN_LEASE
 from launch.sweeping.launch import Launch
 from launch.sweeping.processes import Identity
 from launch.sweeping.study import Study, Trial
+from titans_ds.zero.ports import free_port
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,7 @@ class Hostfiles:
     def launch(self, trial: Trial, slot: str) -> Launch:
         """`deepspeed --hostfile GROUP …`."""
         group = self._groups[slot]
-        port = 29500 + 1 + list(self._groups).index(slot)
-        given = [] if "--master_port" in self._launcher else ["--master_port", str(port)]
+        given = [] if "--master_port" in self._launcher else ["--master_port", str(free_port())]
         here = group.hosts in (("localhost",), (socket.gethostname(),))
         if len(group.hosts) == 1 and not here:
             given.append("--force_multi")  # else the launcher starts a single host's ranks on this machine

@@ -22,11 +22,12 @@ from typing import Any
 from launch.sweeping import files
 from launch.sweeping.claims import Claims
 from launch.sweeping.errors import SweepError
-from launch.sweeping.executors import RUNNER, TRAIN, free_port, visible_gpus, working_folder
+from launch.sweeping.executors import RUNNER, TRAIN, visible_gpus, working_folder
 from launch.sweeping.launch import Launch
 from launch.sweeping.space import ROOT, read_value
 from launch.sweeping.study import Study, Trial
 from launch.sweeping.worker import STOPPED, Worker
+from titans_ds.zero.ports import free_port
 
 _OWN = ("job_name", "array_parallelism", "setup", "srun_args", "folder")
 _LOOK = 5.0  # seconds between looks at the study and the queue

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from titans_ds.zero import slurm
 from titans_ds.zero.adamw import SkippableAdamW
 from titans_ds.zero.heartbeat import start_heartbeat
+from titans_ds.zero.ports import free_port
 from titans_ds.zero.start_errors import check_mpi, explain
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -46,7 +46,7 @@ def start_ranks(timeout: timedelta = _TIMEOUT) -> None:
     elif "RANK" not in os.environ:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone)
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     _share_cores()
     port = int(os.environ.get("MASTER_PORT", "29500"))
     try:
@@ -209,9 +209,3 @@ def _any_rank(flag: Tensor) -> Tensor:
 
 def _under_mpi() -> bool:
     return any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
