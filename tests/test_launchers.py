@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.clean_environment import without_ranks
 from tests.kill_and_resume import prepare
 from titans_ds.errors import ConfigError
 from titans_ds.zero.offload import check_checkpointable, place_nvme
-from titans_ds.zero.ops import exclusive, needed_ops
+from titans_ds.zero.ops import exclusive, extensions_dir, needed_ops
 from titans_ds.zero.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +99,20 @@ def test_a_stale_build_lock_does_not_hang(tmp_path: Path) -> None:
     lock.touch()
     with exclusive(tmp_path):
         assert not lock.exists()
+
+
+def test_ops_are_built_for_one_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another torch has its own folder, unless the user names one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = set()
+    for version in (torch.__version__, "9.9.9"):
+        monkeypatch.setattr(torch, "__version__", version)
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        found.add(extensions_dir())
+    assert len(found) == 2
+    assert all(tmp_path in folder.parents for folder in found)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/mine")
+    assert extensions_dir() == Path("/mine")
 
 
 def test_shipped_offload_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from titans_ds.errors import ConfigError
 from titans_ds.zero.engine import import_deepspeed
@@ -29,9 +33,15 @@ _REMEDIES = {
 
 
 def extensions_dir() -> Path:
-    """Where ops are built: TORCH_EXTENSIONS_DIR, or this project's own folder."""
-    own = Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "titans_ds" / "torch_extensions"
-    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own)))
+    """Where ops are built: TORCH_EXTENSIONS_DIR, or a folder of this project's own, one for each environment.
+
+    A build names the files of torch and DeepSpeed that it is made from: in a folder that two environments share, each
+    would build again, for minutes, what the other has built, under the feet of its runs.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")))
+    parts = (torch.__file__, torch.__version__, metadata.version("deepspeed"), sys.version)
+    key = f"torch{torch.__version__}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "titans_ds" / "torch_extensions" / key)))
 
 
 def needed_ops(config: dict[str, Any]) -> list[str]:
