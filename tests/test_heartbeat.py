@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -19,7 +22,8 @@ SECONDS = 2.0
 class Ranks:
     """Heartbeats of several ranks in this process, over a real store, and the codes that they left with."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, seconds: float = SECONDS) -> None:
+        self.seconds = seconds
         self.server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.left: dict[int, int] = {}
         self.beats = [self._beat(rank, count) for rank in range(count)]
@@ -28,11 +32,11 @@ class Ranks:
 
     def _beat(self, rank: int, count: int) -> Heartbeat:
         client = torch.distributed.TCPStore("127.0.0.1", self.server.port, is_master=False, wait_for_workers=False)
-        return Heartbeat(client, "test", rank, count, SECONDS, lambda code: self.left.update({rank: code}))
+        return Heartbeat(client, "test", rank, count, self.seconds, lambda code: self.left.update({rank: code}))
 
     def wait(self, count: int) -> None:
         """Until so many have left."""
-        limit = time.monotonic() + 10 * SECONDS
+        limit = time.monotonic() + 30 * self.seconds
         while len(self.left) < count and time.monotonic() < limit:
             time.sleep(0.05)
 
@@ -58,6 +62,37 @@ def test_all_others_leave_when_one_falls_silent(silent: int, caplog: pytest.LogC
     assert "--resume auto" in said
     assert len(last_words) == 1
     assert last_words[0].startswith(f"rank {silent} on ")
+
+
+def live_through_a_pause(told: multiprocessing.Queue) -> None:
+    """Tells which of three ranks have left after a pause of this process, and then after one of them fell silent."""
+    ranks = Ranks(3, seconds=1.0)
+    told.put("running")
+    before = time.monotonic()
+    while time.monotonic() - before < 3:
+        before = time.monotonic()
+        time.sleep(0.01)
+    time.sleep(2)
+    told.put(dict(ranks.left))
+    ranks.beats[1].stop()
+    ranks.wait(2)
+    ranks.stop()
+    told.put(dict(ranks.left))
+
+
+def test_ranks_that_were_suspended_together_go_on() -> None:
+    """As a scheduler suspends a job, or a machine sleeps: nobody was silent, since nobody listened."""
+    context = multiprocessing.get_context("spawn")
+    told: multiprocessing.Queue = context.Queue()
+    process = context.Process(target=live_through_a_pause, args=(told,))
+    process.start()
+    assert told.get(timeout=120) == "running"
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(process.pid, signal.SIGCONT)
+    assert told.get(timeout=60) == {}
+    assert told.get(timeout=60) == {0: LOST, 2: LOST}
+    process.join()
 
 
 def test_a_store_that_is_gone_is_rank_0_gone() -> None:

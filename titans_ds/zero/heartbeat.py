@@ -4,7 +4,8 @@ A collective with a rank that has vanished without a goodbye (power, network, a 
 timeout, which must be hours, since one rank may pack a corpus or write a large checkpoint while the others wait. So
 every rank counts up a key in the store of torch.distributed from a thread of its own. Rank 0 watches all of them, the
 others rank 0 and its verdict: a beat costs each rank a few small messages, and rank 0 one a rank. Whoever misses
-another for the limit logs it and ends its process; the launcher does the same with the rest of its node.
+another for the limit logs it and ends its process; the launcher does the same with the rest of its node. Time in which
+a process itself stood still (suspended by its scheduler, or on a machine that was) does not count: it could not listen.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from titans_ds.errors import ConfigError
 LOST = 75  # exit code where another rank was lost: EX_TEMPFAIL, worth another try
 LIMIT = "TITANS_HEARTBEAT_SECONDS"
 DEFAULT_LIMIT = 40.0
+_TICK = 0.25  # seconds between looks at the clock
 ADVICE = (
     "Its node or the network failed, or the process was killed or froze. This run has ended here, too; it goes on from "
     "its newest checkpoint with --resume auto. On another number of ranks, first: "
@@ -113,11 +115,12 @@ class Heartbeat:
         self.store, self.rank, self.world_size, self.limit, self.leave = store, rank, world_size, limit, leave
         self.last_words: Callable[[str], None] | None = None
         self._prefix, self._ended = f"titans_ds/{session}", threading.Event()
-        self._contact, self._verdict, self._failures = time.monotonic(), "", 0
+        self._clock = WakingClock(max(0.5, limit / 20))
+        self._contact, self._verdict, self._failures = self._clock.now(), "", 0
         watched = range(1, world_size) if rank == 0 else range(1)
         tasks = (self._beat, self._watch)
         self._threads = [threading.Thread(target=t, name=f"heartbeat{t.__name__}", daemon=True) for t in tasks]
-        self._counts, self._changed = dict.fromkeys(watched, -1), dict.fromkeys(watched, time.monotonic())
+        self._counts, self._changed = dict.fromkeys(watched, -1), dict.fromkeys(watched, self._contact)
 
     def start(self) -> None:
         """Begin."""
@@ -148,7 +151,7 @@ class Heartbeat:
         while not self._ended.wait(min(self.limit / 8, 5.0)):
             try:
                 self._exchange()
-                self._contact = time.monotonic()
+                self._contact = self._clock.now()
             except Exception:  # the store does not answer: _watch decides when that is too long
                 continue
 
@@ -164,7 +167,7 @@ class Heartbeat:
 
     def _look_at(self, other: int) -> None:
         count = self.store.add(f"{self._prefix}/{other}", 0)
-        now = time.monotonic()
+        now = self._clock.now()
         if count != self._counts[other]:
             self._counts[other], self._changed[other] = count, now
         elif now - self._changed[other] > self.limit and not self._verdict:
@@ -174,8 +177,8 @@ class Heartbeat:
 
     def _watch(self) -> None:
         """Apart from _beat, which may be stuck in a call to a store that is gone."""
-        while not self._ended.wait(0.25):
-            silence = time.monotonic() - self._contact
+        while not self._ended.wait(_TICK):
+            silence = self._clock.now() - self._contact
             if silence > self.limit + 2 and not self._verdict:
                 self._verdict = self._silent(f"rank 0 on {os.environ.get('MASTER_ADDR', 'its host')}", silence)
             if self._verdict:
@@ -187,6 +190,27 @@ class Heartbeat:
 
     def _silent(self, who: str, seconds: float) -> str:
         return f"{who} has given no sign of life for {seconds:.0f} s"
+
+
+class WakingClock:
+    """Seconds in which this process runs, for threads that look at it every _TICK.
+
+    Args:
+        still: seconds without a look that mean that the process stood still; they count as one tick, not as none, lest
+            a process whose threads seldom come to run never loses patience.
+    """
+
+    def __init__(self, still: float) -> None:
+        self._still, self._lock, self._looked, self._missed = still, threading.Lock(), time.monotonic(), 0.0
+
+    def now(self) -> float:
+        """Like time.monotonic, without the time in which the process stood still."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked > self._still:
+                self._missed += now - self._looked - _TICK
+            self._looked = now
+            return now - self._missed
 
 
 def say_lost(what: str, last_words: Callable[[str], None] | None = None) -> None:
