@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -22,9 +21,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.program import run, save
 from benchmarks.train_step import NINE_BILLION, TINY, Measured, RandomLanes, alternate, make_engine, now, one_step
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
-from titans_ds.errors import TitansError
 from titans_ds.training import build
 from titans_ds.training.engine import TorchEngine
 from titans_ds.training.run_folder import versions
@@ -47,14 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def main() -> int:
     """Run the program; returns its exit code."""
-    options = _options()
-    try:
-        report = measure(options)
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(report))
-    return 0
+    return run(measure, table, _options())
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -75,8 +67,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         print(name, _short(report["rows"][name]), file=sys.stderr, flush=True)
-        if options.out:
-            options.out.write_text(json.dumps(report, indent=2) + "\n")
+        save(report, options.out)
     return report
 
 

@@ -18,9 +18,7 @@ import contextlib
 import fnmatch
 import gc
 import io
-import json
 import multiprocessing
-import os
 import platform
 import statistics
 import sys
@@ -34,6 +32,7 @@ import torch
 
 from benchmarks.memory_layer_cases import Case, Shape, core, gradient, layer
 from benchmarks.memory_layer_peers import lact, titans_pytorch, ttt_linear
+from benchmarks.program import save
 
 _LACT_HIDDEN = 256
 
@@ -293,18 +292,11 @@ def main() -> None:
         raise SystemExit(2)
     print(table(results, runner.machine))
     if options.out:
-        write(options.out, {"machine": runner.machine, "results": results})
+        save({"machine": runner.machine, "results": results}, options.out)
 
 
 def _brief(row: dict[str, Any]) -> str:
     return str(row.get("error") or ", ".join(f"{k} {v:.3f}" for k, v in row.items() if k.endswith(("_ms", "_s"))))
-
-
-def write(path: Path, figures: dict[str, Any]) -> None:
-    """To a temporary name first."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(figures, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher 
 
 import torch
 
+from benchmarks.program import save
 from benchmarks.train_step import NINE_BILLION, TINY, RandomLanes, load_base, now, peak, reset_peak
 from launch.demo_stages import launcher
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
@@ -103,8 +104,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
                 failed = f"gave up after {options.row_seconds} s"
             rows[name] = json.loads(out.read_text()) if out.is_file() else {"error": failed}
         print(name, {k: v for k, v in rows[name].items() if k != "losses"}, file=sys.stderr, flush=True)
-        if options.out:
-            options.out.write_text(json.dumps(report, indent=2) + "\n")
+        save(report, options.out)
     return report
 
 

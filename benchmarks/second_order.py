@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import json
 import os
 import statistics
 import sys
@@ -28,9 +27,9 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 import torch
 from torch import nn
 
+from benchmarks.program import run, save
 from benchmarks.train_step import NINE_BILLION, TINY, RandomLanes, make_engine, now, peak, reset_peak
 from titans_ds.config import GraftConfig, MemoryConfig
-from titans_ds.errors import TitansError
 from titans_ds.memory_config import named_memory
 from titans_ds.training import build
 from titans_ds.training.engine import TorchEngine
@@ -101,14 +100,7 @@ class Row:
 
 def main() -> int:
     """Run the program; returns its exit code."""
-    arguments = _arguments()
-    try:
-        report = measure(arguments)
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(report))
-    return 0
+    return run(measure, table, _arguments())
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -125,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             if row.failure is None and time.perf_counter() - start < arguments.most_seconds:
                 take_step(engine, lanes, row, device, counts=number >= arguments.warmup)
         report = _report(arguments, config, engine.module, rows, device, time.perf_counter() - start)
-        _write(arguments.out, report)
+        save(report, arguments.out)
     return report
 
 
@@ -277,14 +269,6 @@ def _report(
 
 def _dim(config: TrainConfig) -> int:
     return config.graft.memory.dim if config.graft else 0
-
-
-def _write(path: Path | None, report: dict[str, Any]) -> None:
-    if path is None:
-        return
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

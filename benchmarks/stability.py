@@ -10,7 +10,6 @@ the base model's own hidden states. A row that is not finite is a row of the tab
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -20,8 +19,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.program import run
 from titans_ds import GraftConfig, attach
-from titans_ds.errors import DataError, TitansError
+from titans_ds.errors import DataError
 from titans_ds.memory_config import MemoryConfig, named_memory
 from titans_ds.training import build
 from titans_ds.training.run_folder import versions
@@ -33,16 +33,7 @@ SHORT = 4096
 
 def main() -> int:
     """Run the program; returns its exit code."""
-    options = _options()
-    try:
-        report = measure(options)
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(report))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    return run(measure, table, _options())
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

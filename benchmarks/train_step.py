@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -24,8 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.program import run
 from titans_ds.config import GraftConfig, MemoryConfig
-from titans_ds.errors import TitansError
 from titans_ds.training import build
 from titans_ds.training.engine import TorchEngine
 from titans_ds.training.lanes import Step
@@ -84,16 +83,7 @@ class Measured:
 
 def main() -> int:
     """Run the program; returns its exit code."""
-    arguments = _arguments()
-    try:
-        report = measure(arguments)
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(report))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    return run(measure, table, _arguments())
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
