@@ -12,8 +12,12 @@ from .prompts import BOUNDARIES
 from .subject import ModelSettings
 
 STOPS = ("statement", "none")
+DECODE_GRAPHS = ("auto", "on", "off")
 # What changes no result: where and how fast it runs, and which rows and modes.
-_NOT_HASHED = ("device", "batch_size", "limit", "subset", "modes", "boundary", "data", "trust_remote_code")
+_NOT_HASHED = (
+    *("device", "batch_size", "decode_graphs", "trust_remote_code"),
+    *("limit", "subset", "modes", "boundary", "data"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class RunOptions:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    decode_graphs: str = "auto"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -51,6 +56,9 @@ class RunOptions:
             raise EvalError("--temperature must be 0 (greedy) or more, --top-p above 0 and at most 1.")
         if self.stop not in STOPS:
             raise EvalError(f"Unknown --stop {self.stop!r}. Expected one of {', '.join(STOPS)}.")
+        if self.decode_graphs not in DECODE_GRAPHS:
+            known = ", ".join(DECODE_GRAPHS)
+            raise EvalError(f"Unknown --decode-graphs {self.decode_graphs!r}. Expected one of {known}.")
 
     @property
     def boundaries(self) -> tuple[str, ...]:
@@ -77,7 +85,8 @@ class RunOptions:
     def resolved(self) -> RunOptions:
         """Return the options with automatic choices made."""
         dtype = str(self.model.resolved_dtype()).removeprefix("torch.")
-        return replace(self, device=str(self.model.resolved_device()), dtype=dtype)
+        graphs = "off" if self.decode_graphs == "auto" else self.decode_graphs
+        return replace(self, device=str(self.model.resolved_device()), dtype=dtype, decode_graphs=graphs)
 
     def digest(self, identity: dict[str, Any]) -> str:
         """Return 12 hex digits over all that can change a result, with the digests of the data and adapter in

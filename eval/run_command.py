@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .benchmark import SUBSETS
-from .options import STOPS, RunOptions
+from .options import DECODE_GRAPHS, STOPS, RunOptions
 from .retrieval import METHODS
 from .runner import plan_run, run
 
@@ -71,6 +71,13 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    group.add_argument(
+        "--decode-graphs",
+        choices=DECODE_GRAPHS,
+        default="auto",
+        help="on: decode in steps of fixed shapes, which a GPU replays as CUDA graphs; auto (default): off for now, on "
+        "the CPU and, until it has been measured there, on a GPU; changes no result in float32",
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     group.add_argument("--no-report", action="store_true", help="generate only")
 

@@ -202,6 +202,7 @@ def _run_mode(
         plan.options.temperature,
         plan.options.top_p,
         subject.eos_tokens,
+        fixed_shapes=plan.options.decode_graphs == "on",
     )
     decoder = Decoder(subject, subject.vocabulary, settings, subject.device)
     total, made = sum(map(len, missing.values())), 0

@@ -21,11 +21,15 @@ import titans_ds
 from titans_ds.memory import MemoryState
 
 from .errors import EvalError
+from .packed_attention import LIBRARY_PACKS, packed_queries
 from .token_bytes import TokenBytes
 
 PATHS = ("graft", "ablation", "vanilla")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MAX_STORED_STATES = 64
+_BOOL_MASK = ("sdpa", "titans_sdpa")  # attention implementations, by the mask of theirs that fixed shapes need
+_ADDITIVE_MASK = ("eager", "titans_eager")
+_READ = ("w", "tail_", "prefix")  # what the names of a memory's tensors begin with that reads look at
 
 
 @dataclass(frozen=True)
@@ -167,16 +171,52 @@ class Subject:
             extra["position_ids"] = positions
         if last_only and "logits_to_keep" in self._accepted:
             extra["logits_to_keep"] = 1
-        if self._path == "vanilla":
-            output = self.base_model(input_ids=ids, attention_mask=mask, **extra)
-        else:
-            output = self.grafted(ids, attention_mask=mask, memory=memory, **extra)
+        with contextlib.nullcontext() if LIBRARY_PACKS or mask.dim() == 2 else packed_queries():
+            if self._path == "vanilla":
+                output = self.base_model(input_ids=ids, attention_mask=mask, **extra)
+            else:
+                output = self.grafted(ids, attention_mask=mask, memory=memory, **extra)
         logits = output.logits[:, -1:] if last_only else output.logits
         return logits, output.past_key_values
 
     def join_memory(self, first: MemoryState, second: MemoryState) -> MemoryState:
         """Return one batch of memory states out of two."""
         return MemoryState.concatenate([first, second])
+
+    # --- steps of fixed shapes ---------------------------------------------------------------------------------------
+
+    def fixed_shape_obstacle(self) -> str | None:
+        """Why this model cannot decode in steps of fixed shapes; None where it can (as far as its cache goes along)."""
+        implementation = self._attention
+        if implementation not in _BOOL_MASK + _ADDITIVE_MASK:
+            return f"its attention implementation is {implementation!r}, not sdpa or eager"
+        if "position_ids" not in self._accepted:
+            return "its forward pass takes no position_ids"
+        if getattr(self.base_model.config, "alibi", False):
+            return "its attention counts positions by the padding mask (ALiBi)"
+        if not getattr(self.base_model, "_can_compile_fullgraph", False):
+            return "transformers does not say that its forward pass is one graph"
+        return None
+
+    def attention_mask(self, seen: Tensor) -> Tensor:
+        """Return `seen`, bool [B, 1, T', T], as the model's attention takes it."""
+        if self._attention in _BOOL_MASK:
+            return seen
+        dtype = self.base_model.dtype
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+    def reading_copy(self, memory: MemoryState) -> MemoryState:
+        """Return of a memory what reads need, fast weights in the type that every read casts them to."""
+        dtype = self.base_model.dtype
+        layers = {
+            index: {name: t.to(dtype) if name[0] == "w" else t for name, t in layer.items() if name.startswith(_READ)}
+            for index, layer in memory.layers.items()
+        }
+        return MemoryState(layers)
+
+    @property
+    def _attention(self) -> str:
+        return str(self.base_model.config._attn_implementation)
 
     # --- priming -----------------------------------------------------------------------------------------------------
 

@@ -145,7 +145,10 @@ class NeuralMemory(MemoryParts):
         if access.record is not None and form.norm is not None:
             form = replace(form, norm=(form.norm[0].detach(), form.norm[1].detach()))  # the second phase has it whole
         steps = self.config.inner_steps if controls.inner_steps is None else controls.inner_steps
-        sizes = self.step_sizes(state["w0"]) * controls.sign
+        if access.write or access.record is not None or access.replay is not None:
+            sizes = self.step_sizes(state["w0"]) * controls.sign
+        else:  # a read needs none; making them waits for the device
+            sizes = state["w0"].new_empty(0)
         return Inner(self.config.rule, form, sizes, steps, access.derived, self.fan)
 
     def _moved(self, hidden_BTH: Tensor, call: _Call) -> LayerState:
