@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,7 +19,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from launch.arguments import parse
+from launch.sweeping.outcome import read_run
+from launch.sweeping.processes import Identity
 from launch.sweeping.results import Result, read_results
+from launch.sweeping.space import Metric
 from launch.sweeping.study import Study
 from tests.packed_corpora import random_repos, write_packed
 from tests.sweep_forks import ROOT, Forks
@@ -111,6 +115,40 @@ def processes_of(trial: Path) -> list[psutil.Process]:
     return found
 
 
+def hold(trial: Path, attempt: int) -> bool:
+    """Suspend what the keeper of an attempt runs, so that it can't end; false, and let go, where it has ended."""
+    send_below_keeper(trial, attempt, signal.SIGSTOP)
+    if read_run(trial / "run", Metric()).state == "running":
+        return True
+    let_go(trial, attempt)
+    return False
+
+
+def let_go(trial: Path, attempt: int) -> None:
+    """The inverse of `hold`."""
+    send_below_keeper(trial, attempt, signal.SIGCONT)
+
+
+def send_below_keeper(trial: Path, attempt: int, number: int) -> None:
+    """A signal to all that the keeper of an attempt has started."""
+    keeper = json.loads((trial / f"attempts/{attempt:04d}.beat.json").read_text())["keeper"]["pid"]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(keeper).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+
+def hold_in_the_middle(study: Path, pid: int, steps: int) -> Path | None:
+    """A trial that a process runs, begun and saved, suspended before its end."""
+    trial = trial_in_the_middle(study, pid, steps)
+    return trial if trial is not None and hold(trial, 1) else None
+
+
+def step_of(trial: Path) -> int:
+    """How far its run has come."""
+    return read_run(trial / "run", Metric()).step
+
+
 def test_three_processes_one_of_them_killed(place: Path, forks: Forks, tmp_path: Path) -> None:
     """Every trial ends exactly once, with the value that it has in an undisturbed sweep, and so has the best one."""
     space = write_space(place, "grid", GRID, search={"method": "grid", "seed": 3})
@@ -118,11 +156,11 @@ def test_three_processes_one_of_them_killed(place: Path, forks: Forks, tmp_path:
     code, text = forks.run(tmp_path / "calm.log", *arguments(space, calm, "--slots", "3"))
     assert code == 0, text
     three = [forks.start(tmp_path / f"hit{n}.log", *arguments(space, hit, "--lease", "20")) for n in range(3)]
-    trial = wait_for(lambda: next((t for p in three if (t := trial_in_the_middle(hit, p.pid, 8))), None))
+    trial = wait_for(lambda: next((t for p in three if (t := hold_in_the_middle(hit, p.pid, 8))), None))
     owner = json.loads((trial / "attempts/0001.claim.json").read_text())["owner"]["pid"]
     victim = next(p for p in three if p.pid == owner)
     victim.kill()
-    wait_for(lambda: not processes_of(trial) or (trial / "attempts/0002.claim.json").exists(), 30)
+    wait_for(lambda: not processes_of(trial) or (trial / "attempts/0002.claim.json").exists())
     assert victim.code() == 137
     assert [p.code() for p in three if p is not victim] == [0, 0], "".join(p.log.read_text() for p in three)
     undisturbed, results = read_results(Study(calm)), read_results(Study(hit))
@@ -231,7 +269,6 @@ def test_a_broken_machine_does_not_fail_the_study(place: Path, forks: Forks, tmp
     assert [r.state for r in read_results(Study(study))] == ["complete"] * 5
 
 
-@pytest.mark.flaky(reruns=2, reruns_delay=5)  # a trial that ends before its hanging keeper is found out shows nothing
 def test_stopped_and_hanging_trials_go_on(place: Path, forks: Forks, tmp_path: Path) -> None:
     """SIGTERM saves the trial; a keeper that hangs is replaced, and its trial killed first."""
     settings = {"training.steps": 1000, "evaluation.interval": 1000, "checkpoint.interval": 20}
@@ -245,11 +282,14 @@ def test_stopped_and_hanging_trials_go_on(place: Path, forks: Forks, tmp_path: P
     assert [end["state"] for end in ends_of(read_results(Study(study))[0])] == ["stopped"]
     stopped_at = json.loads((trial / "run/status.json").read_text())["step"]
     assert 0 < stopped_at < 998
-    second = forks.start(tmp_path / "second.log", *arguments(space, study, "--lease", "3"))
-    wait_for(lambda: json.loads((trial / "run/status.json").read_text())["step"] > stopped_at + 1)
+    second = forks.start(tmp_path / "second.log", *arguments(space, study, "--lease", "6"))
+    wait_for(lambda: step_of(trial) > stopped_at + 1)
     keeper = json.loads((trial / "attempts/0002.beat.json").read_text())["keeper"]["pid"]
     os.kill(keeper, signal.SIGSTOP)
-    third = forks.start(tmp_path / "third.log", *arguments(space, study, "--lease", "3"))
+    unwatched = step_of(trial)
+    wait_for(lambda: step_of(trial) > unwatched + 5)
+    assert hold(trial, 2)  # or it might end before its keeper is found out
+    third = forks.start(tmp_path / "third.log", *arguments(space, study, "--lease", "6"))
     assert [second.code(), third.code()] == [0, 0]
     assert "was taken over by another sweep process" in second.log.read_text()
     (result,) = read_results(Study(study))
@@ -274,15 +314,16 @@ def test_hostfile_group_under_the_deepspeed_launcher(place: Path, forks: Forks, 
     options = [*where, "--launcher-args", "--no_ssh_check --master_addr 127.0.0.1", "--lease", "30"]
     command = ["--space", space, "--study", str(study), *options]
     first = forks.start(tmp_path / "hosts1.log", *command)
-    trial = wait_for(lambda: trial_in_the_middle(study, first.pid, 300))
+    trial = wait_for(lambda: hold_in_the_middle(study, first.pid, 300))
     ranks = [p for p in processes_of(trial) if any("local_rank" in word for word in p.cmdline())]
     assert len(ranks) == 2
     busy, text = forks.run(tmp_path / "busy.log", *command)
     assert busy == 2
     assert "no slot" in text
+    let_go(trial, 1)
     first.kill()
-    wait_for(lambda: not processes_of(trial), 30)
-    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
+    wait_for(lambda: not processes_of(trial))
+    assert not any(Identity.of(p.pid).start and p.is_running() for p in ranks)
     code, text = forks.run(tmp_path / "hosts2.log", *command)
     assert code == 0, text + (trial / "attempts/0002.log").read_text()[-3000:]
     (result,) = read_results(Study(study))

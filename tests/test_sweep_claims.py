@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from launch.sweeping import files
 from launch.sweeping.claims import Claim, Claims
 from launch.sweeping.executors import Local, visible_gpus
 from launch.sweeping.outcome import judge, read_run
-from launch.sweeping.processes import MARK, Identity, kill_marked
+from launch.sweeping.processes import MARK, Identity, kill_marked, kill_tree
 from launch.sweeping.space import Metric
 from launch.sweeping.study import open_study
 from titans_ds.errors import TitansError
@@ -105,16 +107,29 @@ def test_a_beat_is_never_seen_torn(tmp_path: Path) -> None:
 
 
 def test_marked_processes_are_found() -> None:
-    """Whatever session and parent they have."""
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    marked = subprocess.Popen(command, env={**os.environ, MARK: "study/1/2"}, start_new_session=True)
-    other = subprocess.Popen(command, env={**os.environ, MARK: "study/1/20"})
-    time.sleep(0.2)
-    assert kill_marked("study/1/2") == 1
-    assert marked.wait(10) == -9
+    """Whatever session and parent they have; none runs any more when that returns."""
+    command, mark = [sys.executable, "-c", "import time; time.sleep(600)"], f"{uuid.uuid4().hex}/1/2"
+    marked = subprocess.Popen(command, env={**os.environ, MARK: mark}, start_new_session=True)
+    other = subprocess.Popen(command, env={**os.environ, MARK: f"{mark}0"})
+    assert kill_marked(mark) == 1
+    assert not Identity.of(marked.pid).start
+    assert marked.wait(60) == -9
     assert other.poll() is None
     other.kill()
     other.wait()
+
+
+def test_a_process_is_killed_with_all_that_it_started() -> None:
+    """Also where it hangs."""
+    script = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    root = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert root.stdout is not None
+    child = Identity.of(int(root.stdout.readline()))
+    root.send_signal(signal.SIGSTOP)
+    assert kill_tree(root.pid) == 2
+    assert not child.alive
+    assert root.wait(60) == -9
+    assert kill_tree(root.pid) == 0
 
 
 def run_folder(folder: Path, state: str, error: str = "") -> Path:

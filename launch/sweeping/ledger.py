@@ -13,7 +13,7 @@ from launch.sweeping.claims import LOST, Claim, Claims
 from launch.sweeping.launch import Launch
 from launch.sweeping.outcome import Outcome, read_run
 from launch.sweeping.points import Point, random_point
-from launch.sweeping.processes import Identity, kill_marked, signal_remote
+from launch.sweeping.processes import Identity, kill_marked, kill_tree, signal_remote
 from launch.sweeping.study import Study, Trial, is_final
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Ledger:
         if claim.owner.here:
             keeper = (trial.claims.last_beat(claim.number) or {}).get("keeper")
             if keeper is not None and Identity.read(keeper).alive:  # it was stopped, or hangs
-                os.kill(int(keeper["pid"]), signal.SIGKILL)
+                kill_tree(int(keeper["pid"]))
             kill_marked(str(details["mark"]))
         if details["hosts"]:
             signal_remote(tuple(details["hosts"]), tuple(details["ssh"]), signal.SIGKILL, run_pattern(trial))

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import psutil
 MARK = "TITANS_SWEEP_ATTEMPT"  # in the environment of everything that an attempt starts
 TRAIN = "launch/train.py"
 _SSH_SECONDS = 20.0
+_KILL_SECONDS = 20.0
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -85,7 +87,7 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def kill_descendants(seconds: float = 20) -> None:
+def kill_descendants(seconds: float = _KILL_SECONDS) -> None:
     """SIGKILL everything that this process started, until nothing is left."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
@@ -120,15 +122,42 @@ def _program(command: list[str]) -> str:
 
 
 def kill_marked(mark: str) -> int:
-    """SIGKILL every process on this machine that belongs to an attempt; returns how many there were."""
-    killed, entry = 0, f"{MARK}={mark}".encode()
+    """SIGKILL every process on this machine that belongs to an attempt, until none runs; how many there were."""
+    return len(_kill_until_none(lambda: _marked(f"{MARK}={mark}".encode())))
+
+
+def kill_tree(root: int) -> int:
+    """SIGKILL a process and all that it has started, until none runs; how many there were."""
+    try:
+        tree = [root, *(child.pid for child in psutil.Process(root).children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return 0
+    starts = {pid: _start_of(pid) for pid in tree}
+    return len(_kill_until_none(lambda: [pid for pid in tree if starts[pid] and _start_of(pid) == starts[pid]]))
+
+
+def _kill_until_none(find: Callable[[], list[int]]) -> set[int]:
+    """A killed process runs on until the kernel comes to it; who takes its place must not meet it there."""
+    killed: set[int] = set()
+    limit = time.monotonic() + _KILL_SECONDS
+    while (found := find()) and time.monotonic() < limit:
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        killed.update(found)
+        time.sleep(0.01)
+    return killed
+
+
+def _marked(entry: bytes) -> list[int]:
+    """Processes with this entry in their environment."""
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         pid = int(folder.name)
         with contextlib.suppress(OSError):
-            if pid != os.getpid() and entry in (folder / "environ").read_bytes().split(b"\0"):
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-    return killed
+            if pid != os.getpid() and entry in (folder / "environ").read_bytes().split(b"\0") and _start_of(pid):
+                found.append(pid)
+    return found
 
 
 def signal_remote(hosts: tuple[str, ...], ssh: tuple[str, ...], number: int, pattern: str) -> list[str]:
