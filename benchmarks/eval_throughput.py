@@ -1,6 +1,10 @@
 """Evaluation speed against plain Hugging Face `generate`, as ratios measured in one run.
 
     python -m benchmarks.eval_throughput --base BASE [--adapter DIR] --data rows.jsonl --limit 32 --batch-size 8
+    python -m benchmarks.eval_throughput --base qwen3.5-9b-random --force-new-tokens 50 --prompt-tokens 2048 \
+        --context-tokens 512 --prompts 256 --batch-sizes 32,64,128 --out FILE
+    python -m benchmarks.eval_throughput --base tiny --force-new-tokens 8 --prompt-tokens 64 --context-tokens 16 \
+        --prompts 8 --batch-sizes 2,4 --memory-dim 64
 
 Two workloads on the same rows, greedy, with the same lengths and the same batch size:
   completions   one boundary, completions only: `generate` in batches as the rows come, left-padded, against the decoder
@@ -8,6 +12,10 @@ Two workloads on the same rows, greedy, with the same lengths and the same batch
   full          what an evaluation needs: both boundaries and the target's likelihood under each; for `generate` two
                 calls (it cannot heal: the unhealed prompt twice) and two forward passes
 With an adapter the memory is primed on the row's snippets in both. Also printed: the share of equal scored predictions.
+
+With --force-new-tokens: random prompts, no data (benchmarks/forced_decoding.py): `generate` at the first batch size
+against the decoder in growing shapes and in fixed ones (CUDA graphs) at all, memory against concatenated context, and
+priming against a plain forward pass.
 """
 
 from __future__ import annotations
@@ -15,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import forced_decoding
+from benchmarks.program import run
 from eval.benchmark import load_benchmark, select_rows
 from eval.decoding import Decoder, DecodeSettings, Job
 from eval.likelihood import healed_target, plain_target
@@ -62,7 +73,8 @@ class Workload:
     def decode(self, full: bool) -> dict[str, str]:
         """Our way; returns the plain completions."""
         options, subject = self.options, self.subject
-        settings = DecodeSettings(options.batch_size, options.max_new_tokens, eos_tokens=subject.eos_tokens)
+        fixed, eos = options.decode_graphs == "on", subject.eos_tokens
+        settings = DecodeSettings(options.batch_size, options.max_new_tokens, eos_tokens=eos, fixed_shapes=fixed)
         decoder = Decoder(subject, subject.vocabulary, settings, subject.device)
         jobs = list(self.jobs.values())
         if not full:
@@ -74,7 +86,8 @@ class Workload:
         """Share of tokens that come out the same alone and in a batch: 1 in float32, less in bfloat16 on a GPU."""
         runs = []
         for size in (1, batch_size):
-            settings = DecodeSettings(size, self.options.max_new_tokens, eos_tokens=self.subject.eos_tokens)
+            fixed, eos = self.options.decode_graphs == "on", self.subject.eos_tokens
+            settings = DecodeSettings(size, self.options.max_new_tokens, eos_tokens=eos, fixed_shapes=fixed)
             decoder = Decoder(self.subject, self.subject.vocabulary, settings, self.subject.device)
             with self.subject.on_path(self.path):
                 runs.append({(c.key, c.boundary): c.tokens for c in decoder.run(self.jobs.values())})
@@ -151,9 +164,11 @@ def _timed(call: Callable[[], dict[str, str]], device: torch.device, repeats: in
     return best, result
 
 
-def main() -> None:
-    """Measure and print one JSON object."""
+def main() -> int:
+    """Measure and print one JSON object, or tables where new tokens are forced; returns the exit code."""
     options = _options()
+    if options.force_new_tokens:
+        return run(forced_decoding.measure, forced_decoding.table, options)
     subject = Subject.load(ModelSettings(options.base, options.adapter, options.device, options.dtype), False)
     work = Workload(subject, options)
     report: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(options).items()}, "rows": len(work.rows)}
@@ -169,13 +184,14 @@ def main() -> None:
     if options.invariance:
         report["equal_tokens_alone_and_in_batch"] = work.equal_tokens(options.batch_size)
     print(json.dumps(report | describe_environment(), indent=2))
+    return 0
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
     parser.add_argument("--adapter")
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="not needed with --force-new-tokens")
     parser.add_argument("--limit", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=1024)
@@ -184,8 +200,28 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--invariance", action="store_true", help="also compare a batch with single rows")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    return parser.parse_args()
+    parser.add_argument("--decode-graphs", choices=("on", "off"), default="off", help="of the decoder, with --data")
+    _add_forced(parser)
+    options = parser.parse_args()
+    if options.data is None and not options.force_new_tokens:
+        parser.error("give --data, or --force-new-tokens for random prompts")
+    return options
+
+
+def _add_forced(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("random prompts; --base may be tiny or qwen3.5-9b-random")
+    group.add_argument("--force-new-tokens", type=int, default=0, help="new tokens of every prompt, no stop")
+    group.add_argument("--prompt-tokens", type=int, default=2048)
+    group.add_argument("--context-tokens", type=int, default=512, help="of these, what the memory is primed with")
+    group.add_argument("--prompts", type=int, default=64, help="prompts a way")
+    group.add_argument("--batch-sizes", type=_sizes, default=[32], help="the first is that of generate; 32,64,128")
+    group.add_argument("--memory-dim", type=int, default=512)
+    group.add_argument("--out", type=Path, help="JSON, written anew after every way")
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(size) for size in text.split(",")]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -63,10 +63,11 @@ def packed_queries() -> Iterator[None]:
         "sdpa": attend,
         "titans_sdpa": functools.partial(attend_with_memory, attend),
     }
-    for name, function in replaced.items():
-        ALL_ATTENTION_FUNCTIONS[name] = function
+    local = ALL_ATTENTION_FUNCTIONS._local_mapping  # what stands in it goes before what is registered for all
+    before = dict(local)
+    local.update(replaced)
     try:
         yield
     finally:
-        for name in replaced:
-            del ALL_ATTENTION_FUNCTIONS[name]
+        local.clear()
+        local.update(before)

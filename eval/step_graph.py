@@ -42,15 +42,16 @@ class Capture:
 
     def record(self, function: Callable[[], None]) -> Any:
         """The function's graph; None, and a warning, where it cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 function()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # which a capture that ends badly doesn't
             self.enabled = False
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(error.__context__ or error).strip().partition("\n")[0]
             _LOG.warning("Decode steps cannot be captured as CUDA graphs, and run one kernel at a time: %s", reason)
             return None
         return graph

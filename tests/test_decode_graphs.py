@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import titans_ds
+from benchmarks import eval_throughput
 from eval import crosscodeeval, static_rows
 from eval.decoding import Decoder, DecodeSettings, Job
 from eval.healing import heal
@@ -321,3 +322,20 @@ def test_a_function_that_waits_is_not_captured_and_runs_all_the_same(caplog: pyt
         function()
     assert total.item() == 4
     assert caplog.text.count("cannot be captured") == 1
+
+
+def test_the_benchmark_forces_as_many_tokens_on_every_way_and_saves_its_ratios(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--base tiny --force-new-tokens 3 --prompt-tokens 12 --context-tokens 4 --prompts 4 --batch-sizes 2,4"
+    out = ["--memory-dim", "16", "--device", "cpu", "--out", str(tmp_path / "report.json")]
+    monkeypatch.setattr("sys.argv", ["eval_throughput", *options.split(), *out])
+    assert eval_throughput.main() == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    ways = {"generate@2", "growing@2", *(f"{way}@{size}" for way in ("fixed", "concat", "memory") for size in (2, 4))}
+    assert report["ways"].keys() == ways
+    speeds = {name: way["samples_per_second"] for name, way in report["ways"].items()}
+    assert report["ratios"]["fixed@4 / generate@2"] == pytest.approx(speeds["fixed@4"] / speeds["generate@2"])
+    assert report["ratios"]["memory@4 / concat@4"] == pytest.approx(speeds["memory@4"] / speeds["concat@4"])
+    assert report["ratios"]["priming / forward, tokens/s"] > 0
+    assert "| memory@4 / concat@4 |" in capsys.readouterr().out
