@@ -1,0 +1,263 @@
+"""Do two ranks work together on this machine: what `make test` checks over gloo, here on its GPUs over NCCL.
+
+    python -m benchmarks.rank_checks --corpus PACKED --work DIR --out checks.json
+
+A short run of the shipped base with a memory, and around it: preflight; losses of two ranks against one; a checkpoint
+of two ranks that one goes on from, and the other way round; a rank that freezes; a sweep of two trials, one GPU each.
+One table; a check that fails is a row of it. PACKED is a corpus in the base's tokens (data_prep.pack_corpus).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from benchmarks.program import run, save
+from launch.demo_stages import SHIPPED, launcher
+from launch.sweeping.results import read_results
+from launch.sweeping.study import Study
+from titans_ds.training.run_folder import versions
+
+ROOT = Path(__file__).resolve().parent.parent
+HALF, STEPS = 6, 12
+HEARTBEAT = 10  # seconds
+SETTINGS: dict[str, Any] = {
+    "model": {"base": str(SHIPPED)},
+    "data": {"num_lanes": 4},
+    "graft": {"layers": [11], "segment_tokens": 256, "memory": {"dim": 256, "write": "token", "token_shift": True}},
+    "training": {"steps": STEPS, "window": 2},
+    "optimizer": {"warmup_steps": 2},
+    "evaluation": {"interval": 0},
+    "checkpoint": {"interval": HALF, "keep": 9},
+    "deepspeed": "ds_configs/zero2.json",
+    "run": {"tensorboard": False},
+}
+
+
+class CheckError(Exception):
+    """What a check found wrong."""
+
+
+def main() -> int:
+    """Run the program; returns its exit code."""
+    return run(measure, table, _options())
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All checks, one after the other."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    SETTINGS["data"]["corpus"] = str(options.corpus.resolve())
+    config = options.work / "config.yaml"
+    config.write_text(yaml.safe_dump(SETTINGS))
+    checks = Checks(options.work.resolve(), config.resolve(), options.zero)
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "gpus": torch.cuda.device_count(),
+        "command": " ".join(["python -m benchmarks.rank_checks", *sys.argv[1:]]),
+        "versions": versions(),
+        "checks": {},
+    }
+    for name in options.checks:
+        start = time.perf_counter()
+        try:
+            found, good = CHECKS[name](checks), True
+        except CheckError as error:
+            found, good = str(error), False
+        report["checks"][name] = {"good": good, "found": found, "seconds": round(time.perf_counter() - start, 1)}
+        print(name, report["checks"][name], file=sys.stderr, flush=True)
+        save(report, options.out)
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table."""
+    lines = [f"{report['gpus']} x {report['device']}", "", "| check | | found | seconds |", "|---|---|---|---|"]
+    for name, check in report["checks"].items():
+        lines.append(f"| {name} | {'good' if check['good'] else '**wrong**'} | {check['found']} | {check['seconds']} |")
+    return "\n".join(lines)
+
+
+class Checks:
+    """The checks, each of which returns what it found, or raises CheckError.
+
+    Args:
+        work: folder of everything made.
+        config: of the runs.
+        stages: ZeRO stages to compare and to resume at.
+    """
+
+    def __init__(self, work: Path, config: Path, stages: list[int]) -> None:
+        self.work, self.config, self.stages = work, config, stages
+
+    def preflight(self) -> str:
+        """Every check that preflight makes before a run."""
+        out = self._call(
+            [*launcher(2), "launch/preflight.py", "--config", str(self.config), "--run.dir", self._fresh("p")]
+        )
+        return next(line.strip() for line in reversed(out.splitlines()) if "READY" in line)
+
+    def equal(self) -> str:
+        """Losses of two ranks against one's, at every step."""
+        one = self._losses(self._train("one", 1, 0))
+        return "; ".join(
+            f"ZeRO-{stage}: {_compare(one, self._losses(self._train(f'two{stage}', 2, stage)), STEPS)}"
+            for stage in self.stages
+        )
+
+    def two_to_one(self) -> str:
+        """One rank goes on from a checkpoint of two."""
+        return self._resume(2, 1)
+
+    def one_to_two(self) -> str:
+        """Two ranks go on from a checkpoint of one."""
+        return self._resume(1, 2)
+
+    def frozen_rank(self) -> str:
+        """Rank 1 is stopped in its tracks: the other says so and ends, within a minute."""
+        run_dir = self._fresh("frozen")
+        arguments = self._arguments(run_dir, 2, ["--training.steps", "100000", "--checkpoint.interval", "0"])
+        variables = {**os.environ, "TITANS_HEARTBEAT_SECONDS": str(HEARTBEAT)}
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            [*launcher(2), *arguments], cwd=ROOT, env=variables, stdout=pipe, stderr=pipe, text=True
+        )
+        try:
+            _wait(lambda: len(self._losses(run_dir)) >= 4, process)
+            victim = _rank(process, 1)
+            victim.send_signal(signal.SIGSTOP)
+            start = time.perf_counter()
+            _, err = process.communicate(timeout=120)
+            seconds = time.perf_counter() - start
+        except subprocess.TimeoutExpired as error:
+            raise CheckError("the others were still waiting after 120 s") from error
+        finally:
+            _end(process)
+        if "no sign of life" not in err or process.returncode == 0:
+            raise CheckError(f"exit code {process.returncode}, and no word of a lost rank: {err.strip()[-200:]}")
+        if seconds > 60:
+            raise CheckError(f"it took {seconds:.0f} s")
+        return f"the launcher ended after {seconds:.0f} s (limit {HEARTBEAT} s of silence)"
+
+    def sweep(self) -> str:
+        """Two trials side by side, one GPU each where there are GPUs."""
+        study, space = Path(self._fresh("study")), self.work / "space.yaml"
+        values = {"metric": {"name": "train.loss"}, "parameters": {"optimizer.lr": [1e-3, 3e-3]}}
+        space.write_text(yaml.safe_dump({"config": str(self.config), "settings": {"deepspeed": None}, **values}))
+        self._call([sys.executable, "launch/sweep.py", "--space", str(space), "--study", str(study), "--slots", "2"])
+        results = read_results(Study(study))
+        if [r.state for r in results] != ["complete", "complete"]:
+            raise CheckError(f"the trials ended {[r.state for r in results]}")
+        spans = [_span(r.trial.run) for r in results]
+        together = min(end for _, end in spans) - max(begin for begin, _ in spans)
+        return f"both complete, on {', '.join(r.place for r in results)}; {together:.0f} s side by side"
+
+    def _resume(self, before: int, after: int) -> str:
+        found = []
+        for stage in self.stages:
+            whole = self._losses(self._train(f"whole{stage}-{after}", after, stage))
+            first = self._train(f"first{stage}-{before}", before, stage)
+            mark = f"step_{HALF:07d}"
+            self._call([sys.executable, "launch/universal_checkpoint.py", f"{first}/checkpoints/{mark}"])
+            resume = ["--run.resume", f"{first}/checkpoints/{mark}.universal", "--run.trust_checkpoint", "true"]
+            losses = self._losses(self._train(f"on{stage}-{before}-{after}", after, stage, resume))
+            found.append(f"ZeRO-{stage}: {_compare(whole, losses, STEPS - HALF)}")
+        return "; ".join(found)
+
+    def _train(self, name: str, count: int, stage: int, more: list[str] | None = None) -> str:
+        run_dir = self._fresh(name)
+        self._call([*launcher(count), *self._arguments(run_dir, stage, more or [])])
+        return run_dir
+
+    def _arguments(self, run_dir: str, stage: int, more: list[str]) -> list[str]:
+        given = ["--config", str(self.config), "--run.dir", run_dir, "--deepspeed", f"ds_configs/zero{stage}.json"]
+        return ["launch/train.py", *given, *more]
+
+    def _losses(self, run_dir: str) -> dict[int, float]:
+        path = Path(run_dir) / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+    def _fresh(self, name: str) -> str:
+        number = sum(1 for _ in self.work.glob(f"{name}.*"))
+        return str(self.work / f"{name}.{number}")
+
+    def _call(self, command: list[str]) -> str:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise CheckError(f"exit code {done.returncode} of {' '.join(command[:6])} …: {done.stderr.strip()[-300:]}")
+        return done.stdout
+
+
+CHECKS: dict[str, Callable[[Checks], str]] = {
+    "preflight": Checks.preflight,
+    "equal": Checks.equal,
+    "two_to_one": Checks.two_to_one,
+    "one_to_two": Checks.one_to_two,
+    "frozen_rank": Checks.frozen_rank,
+    "sweep": Checks.sweep,
+}
+
+
+def _compare(wanted: dict[int, float], found: dict[int, float], steps: int) -> str:
+    both = sorted(wanted.keys() & found.keys())
+    if len(both) < steps:
+        raise CheckError(f"{len(both)} steps to compare; expected {steps}")
+    off = max(abs(found[step] - wanted[step]) / abs(wanted[step]) for step in both)
+    if off > 1e-4:
+        raise CheckError(f"losses differ by up to {off:.1e}")
+    return f"losses within {off:.1e} of one another, {len(both)} steps"
+
+
+def _wait(ready: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 180) -> None:
+    limit = time.monotonic() + seconds
+    while not ready():
+        if process.poll() is not None or time.monotonic() > limit:
+            raise CheckError("the run did not come to its fourth step")
+        time.sleep(0.2)
+
+
+def _rank(process: subprocess.Popen[str], number: int) -> psutil.Process:
+    """The process of one rank."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return next(p for p in children if f"--local_rank={number}" in p.cmdline())
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """The launcher, and all it has started."""
+    if process.poll() is None:
+        for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        process.wait()
+
+
+def _span(run_dir: Path) -> tuple[float, float]:
+    """First and last moment of a run: when its configuration and its last metrics were written."""
+    return (run_dir / "config.yaml").stat().st_mtime, (run_dir / "metrics.jsonl").stat().st_mtime
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="a corpus packed with the shipped base's tokenizer")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--zero", type=int, nargs="+", default=[1, 2, 3], help="stages to compare (default: 1 2 3)")
+    parser.add_argument("--checks", nargs="+", choices=list(CHECKS), default=list(CHECKS), metavar="CHECK")
+    parser.add_argument("--out", type=Path, help="write the report as JSON after every check")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
