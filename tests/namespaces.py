@@ -25,6 +25,7 @@ from pathlib import Path
 
 from tests.clean_environment import without_ranks
 
+SECONDS = 180.0  # to wait for what takes one on a quiet machine
 PROGRAMS = ("ip", "ssh", "sshd", "ssh-keygen", "unshare", "nsenter", "hostname")
 PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 ISOLATED = ("unshare", "--net", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc")
@@ -118,11 +119,19 @@ class Node:
         """Give it back."""
         self.run("ip", "link", "set", "eth0", "up")
 
+    def clear(self) -> None:
+        """End all that runs on the node but its sshd."""
+        self.run("sh", "-c", "kill -KILL -1")  # in this node's process namespace
+
+    def wait_until_gone(self, word: str) -> None:
+        """Until no process here has the word in its command line."""
+        _wait_until(lambda: self.run("pgrep", "-f", "--", word).stdout == "", self.log)
+
     def stop(self) -> None:
         """End the node and all that runs on it, at once."""
         if self.holder.poll() is None:
             os.kill(self.init, signal.SIGKILL)
-            self.holder.wait(timeout=30)
+            self.holder.wait(timeout=SECONDS)
 
 
 @contextlib.contextmanager
@@ -165,7 +174,7 @@ def _start(stack: contextlib.ExitStack, folder: Path, name: str, address: str, s
         )
     node = Node(name, address, holder, log)
     stack.callback(node.stop)
-    _wait_until(lambda: "ready" in log.read_text(), log)
+    _wait_until(lambda: "ready" in log.read_text().split(), log)
     return node
 
 
@@ -194,10 +203,10 @@ def _wait_for_sshd(found: list[Node]) -> None:
             _wait_until(lambda a=node, b=other: a.run("ssh", b.name, "hostname").stdout.strip() == b.name, node.log)
 
 
-def _wait_until(ready: Callable[[], bool], log: Path, seconds: float = 30) -> None:
-    limit = time.monotonic() + seconds
+def _wait_until(ready: Callable[[], bool], log: Path) -> None:
+    limit = time.monotonic() + SECONDS
     while not ready():
-        assert time.monotonic() < limit, f"a node did not start: {log.read_text()}"
+        assert time.monotonic() < limit, f"a node is not ready after {SECONDS:.0f} s: {log.read_text()}"
         time.sleep(0.1)
 
 

@@ -15,11 +15,13 @@ import pytest
 import yaml
 
 from launch import deepspeed_env, universal_checkpoint
+from tests.braked_run import brake_of
 from tests.kill_and_resume import prepare
 from tests.namespaces import Node, environment, nodes, port_on, why_not
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN, MANY = str(ROOT / "launch" / "train.py"), str(ROOT / "tests" / "many_runs.py")
+TRAIN = str(ROOT / "launch" / "train.py")
+MANY, BRAKED = (str(ROOT / "tests" / name) for name in ("many_runs.py", "braked_run.py"))
 BIN = Path(sys.executable).parent
 STEPS = 40
 SAME = 1e-6  # relative
@@ -56,10 +58,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
     """node1 and node2."""
     with nodes(tmp_path_factory.mktemp("ns") / "n") as found:
         yield found
+
+
+@pytest.fixture
+def two(started: list[Node]) -> Iterator[list[Node]]:
+    """The same, on which nothing runs on after a test, as one that failed may leave it."""
+    yield started
+    for node in started:
+        node.clear()
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -90,7 +100,7 @@ def assert_same(run: Path, alone: Path) -> None:
 
 def wait_for(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Until a run has come to a step."""
-    metrics, limit = run / "metrics.jsonl", time.monotonic() + 120
+    metrics, limit = run / "metrics.jsonl", time.monotonic() + 300
     while not (metrics.is_file() and metrics.read_text().count("\n") >= step):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < limit, "the run does not come on"
@@ -148,47 +158,47 @@ def test_torchrun_finds_its_ranks_by_rendezvous(place: Path, two: list[Node], tm
         stderr=subprocess.DEVNULL,
     )
     done = two[0].run(*torchrun, *arguments(place, tmp_path / "run", 3), **given)
-    assert (done.returncode, second.wait(timeout=60)) == (0, 0), done.stdout[-3000:] + done.stderr[-3000:]
+    assert (done.returncode, second.wait(timeout=300)) == (0, 0), done.stdout[-3000:] + done.stderr[-3000:]
     assert_same(tmp_path / "run", place / "alone")
 
 
 @pytest.mark.parametrize(("stage", "way"), [(2, "killed"), (3, "unplugged")])
 def test_a_lost_node(place: Path, tmp_path: Path, monkeypatch: Any, stage: int, way: str) -> None:
-    """The other stops within 60 s and says why; the run goes on on one node (ZeRO-3: then on two again) as if nothing
-    had been."""
+    """The other stops and says why; the run goes on on one node (ZeRO-3: then on two again) as if nothing had been."""
     monkeypatch.chdir(place)
     run = tmp_path / "run"
-    program = [TRAIN, *arguments(place, run, stage), "--resume", "auto"]
+    program = [BRAKED, *arguments(place, run, stage), "--resume", "auto"]
     with nodes(tmp_path / "n") as (first, second):
+        brake_of(run).write_text("8")
         process = start(first, *launcher(first, "hostfile"), *program)
         wait_for(run, 8, process)
-        before = time.monotonic()
         second.stop() if way == "killed" else second.unplug()
-        out, err = process.communicate(timeout=60)
-        assert time.monotonic() - before < 60
+        brake_of(run).unlink()
+        out, err = process.communicate(timeout=300)  # a collective alone would wait for two hours
         assert process.returncode != 0
-        said = (
-            "lost contact with another rank" if way == "killed" else "rank 1 on node2 has given no sign of life for 1"
-        )
+        said = "lost contact with another rank" if way == "killed" else "rank 1 on node2 has given no sign of life for "
         assert said in err, err[-3000:]
         assert "Traceback" not in err
         assert "launch/universal_checkpoint.py" in err
         status = json.loads((run / "status.json").read_text())
         assert (status["state"], said in status["error"] or way == "killed") == ("failed", True)
-        assert first.run("pgrep", "-f", "launch/train.py").stdout == ""
+        first.wait_until_gone(str(run))
         lost_at = max(losses(run))
 
         assert universal_checkpoint.main([str(run)]) == 0
+        if way == "unplugged":
+            brake_of(run).write_text(str(lost_at + 3))
         process = start(first, sys.executable, *program)
         if way == "unplugged":
             wait_for(run, lost_at + 3, process)
             (run / "stop").touch()
-        out, err = process.communicate(timeout=120)
+            brake_of(run).unlink()
+        out, err = process.communicate(timeout=300)
         assert "going on from" in out
         state = json.loads((run / "status.json").read_text())["state"]
         assert state == ("stopped" if way == "unplugged" else "finished"), err[-3000:]
         if way == "unplugged":
-            assert lost_at < max(losses(run)) < STEPS
+            assert max(losses(run)) == lost_at + 4
             assert universal_checkpoint.main([str(run)]) == 0
             second.plug()
             done = first.run(*launcher(first, "hostfile"), *program)

@@ -108,7 +108,7 @@ def launch(node: Node, *command: str) -> subprocess.CompletedProcess[str]:
 
 def preflight(node: Node, place: Path, runs: Path) -> subprocess.CompletedProcess[str]:
     """Of that run."""
-    return launch(node, PREFLIGHT, *settings(place, runs), "--mib", "4", "--wait", "60")
+    return launch(node, PREFLIGHT, *settings(place, runs), "--mib", "4", "--wait", "240")
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -157,7 +157,7 @@ def test_a_missing_rank_is_waited_for_and_named(place: Path) -> None:
     alone["MASTER_PORT"] = str(free_port())
     command = [sys.executable, PREFLIGHT, "--config", str(place / "config.yaml"), "--wait", "3"]
     given = environment(DS_ACCELERATOR="cpu", **alone)
-    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "error: the 2 ranks did not find one another at 127.0.0.1" in done.stderr
     assert "Traceback" not in done.stderr

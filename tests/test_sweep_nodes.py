@@ -53,10 +53,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
-    """node1 to node4."""
-    with nodes(tmp_path_factory.mktemp("ns") / "n", 4) as found:
+@pytest.fixture
+def four(tmp_path: Path) -> Iterator[list[Node]]:
+    """node1 to node4, which end with all that runs on them."""
+    with nodes(tmp_path / "n", 4) as found:
         yield found
 
 
@@ -88,9 +88,9 @@ def start(place: Path, command: list[str], folder: Path) -> subprocess.Popen[byt
         return subprocess.Popen(command, cwd=place, env=environment(), stdout=log, stderr=log)
 
 
-def signal_sweep(number: int) -> None:
+def signal_sweep(study: Path, number: int) -> None:
     """The oldest: its keepers look the same."""
-    min(processes(SWEEP, "--lease 30"), key=lambda p: p.create_time()).send_signal(number)
+    min(processes(SWEEP, f"--study {study} "), key=lambda p: p.create_time()).send_signal(number)
 
 
 def log_of(study: Path, trial: int, attempt: int) -> str:
@@ -111,15 +111,15 @@ def test_two_trials_on_two_groups_of_two_nodes(place: Path, four: list[Node], tm
     ranks = processes("--local_rank=0", str(study))
     assert len(ranks) == 4
     assert len({os.readlink(f"/proc/{p.pid}/ns/pid") for p in ranks}) == 4  # one on every node
-    signal_sweep(signal.SIGKILL)
-    first.wait(timeout=30)
-    wait_for(lambda: not processes("launch/train.py", str(study)), 40)
+    signal_sweep(study, signal.SIGKILL)
+    first.wait(timeout=180)
+    wait_for(lambda: not processes("launch/train.py", str(study)))
     second = start(place, command, tmp_path)
     wait_for(lambda: all("going on from" in log_of(study, n, 2) for n in (0, 1)))
-    signal_sweep(signal.SIGTERM)
-    assert second.wait(timeout=90) == 143
-    assert not processes("launch/train.py", str(study))
-    third = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=300)
+    signal_sweep(study, signal.SIGTERM)
+    assert second.wait(timeout=300) == 143
+    wait_for(lambda: not processes("launch/train.py", str(study)))
+    third = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=900)
     assert third.returncode == 0, third.stdout + third.stderr
     results = read_results(Study(study))
     assert [r.state for r in results] == ["complete", "complete"]
