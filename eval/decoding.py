@@ -149,7 +149,7 @@ class Decoder:
         """
         ids, mask = padded(([job.prefix for job in jobs]), self._device, left=True)
         memory = self._forward.memory_for([job.priming for job in jobs])
-        logits, cache = self._forward(ids, mask, positions_of(mask), None, memory, last_only=True)
+        logits, cache, memory = self._forward(ids, mask, positions_of(mask), None, memory, last_only=True)
         self.num_prefills += 1
         join = not self._in_slots(cache) and row_cache.can_join(cache)
         read = Batch([], cache, mask, logits[:, -1], memory)
@@ -195,7 +195,7 @@ class Decoder:
             mask = torch.cat([batch.mask, new_mask[:, :-1]], dim=1)
             positions = positions_of(mask)[:, batch.mask.shape[1] :]
             cache = row_cache.fork(batch.cache)
-            following, _ = self._forward(ids[:, :-1], mask, positions, cache, batch.memory, last_only=False)
+            following, *_ = self._forward(ids[:, :-1], mask, positions, cache, batch.memory, last_only=False)
             logits = torch.cat([logits, following], dim=1)
         return [token_nats(logits[i], target, self._vocabulary) if target else None for i, target in enumerate(targets)]
 

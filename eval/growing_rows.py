@@ -68,8 +68,8 @@ def extended(forward: Forward, batch: Batch, ids: Tensor) -> Batch:
     """Read ids [B, n] after what the cache holds."""
     mask = torch.cat([batch.mask, torch.ones_like(ids)], dim=1)
     positions = positions_of(mask)[:, -ids.shape[1] :]
-    logits, cache = forward(ids, mask, positions, batch.cache, batch.memory, last_only=True)
-    return Batch(batch.rows, cache, mask, logits[:, -1], batch.memory)
+    logits, cache, memory = forward(ids, mask, positions, batch.cache, batch.memory, last_only=True)
+    return Batch(batch.rows, cache, mask, logits[:, -1], memory)
 
 
 def joined(forward: Forward, first: Batch, second: Batch) -> Batch:

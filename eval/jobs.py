@@ -27,14 +27,15 @@ class Memory(Protocol):
 
 
 class Forward(Protocol):
-    """One forward pass: ids [B, T'], mask [B, T], positions [B, T'], cache, memory -> logits [B, T' or 1, V], cache.
+    """One forward pass: ids [B, T'], mask [B, T], positions [B, T'], cache, memory -> logits [B, T' or 1, V], and the
+    cache and memory to go on with (a memory may carry the last tokens read, beside what was written).
 
     In a step of fixed shapes the mask is the attention's own, [B, 1, T', T], as `attention_mask` makes it.
     """
 
     def __call__(
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, memory: Any, last_only: bool
-    ) -> tuple[Tensor, Any]: ...
+    ) -> tuple[Tensor, Any, Any]: ...
 
     def memory_for(self, primings: Sequence[tuple[str, ...]]) -> Any:
         """Return the memories of a batch, each after reading its texts; None on a path without memory."""

@@ -13,6 +13,7 @@ Shapes: R slots, C positions, V vocabulary.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class StaticRows:
         self._cache.put(slots, lengths, batch.cache)
         index = torch.tensor(slots, device=self._logits.device)
         if self._memory is not None:
-            _copy_memory(self._memory, index, self._forward.reading_copy(batch.memory))
+            for mine, theirs in _pairs(self._memory, self._forward.reading_copy(batch.memory)):
+                mine[index] = theirs
         self._logits[index] = batch.logits
         self._best[index] = batch.logits.argmax(dim=-1)
         self.rows += batch.rows
@@ -133,9 +135,13 @@ class StaticRows:
         def step() -> None:
             seen = self._columns[:capacity] <= lengths[:, None]
             mask = self._forward.attention_mask(seen[:, None, None])
-            logits, _ = self._forward(ids[:, None], mask, lengths[:, None], cache, memory, last_only=True)
+            given = (ids[:, None], mask, lengths[:, None], cache, memory)
+            logits, _, moved = self._forward(*given, last_only=True)
             self._logits[:num_slots].copy_(logits[:, -1])
             torch.argmax(self._logits[:num_slots], dim=-1, out=self._best[:num_slots])
+            for mine, new in _pairs(memory, moved):
+                if new is not mine:  # the tokens that convolved queries look back at
+                    mine.copy_(new)
 
         return step
 
@@ -166,6 +172,8 @@ def _empty_memory(like: Any, num_slots: int) -> Any:
     return like.map(lambda t: t.new_zeros(num_slots, *t.shape[1:]))
 
 
-def _copy_memory(target: Any, slots: Tensor, source: Any) -> None:
-    for mine, theirs in zip(_tensors(target), _tensors(source), strict=True):
-        mine[slots] = theirs
+def _pairs(first: Any, second: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors of two memories by layer and name."""
+    for index, layer in ({} if first is None else first.layers).items():
+        for name, tensor in layer.items():
+            yield tensor, second.layers[index][name]

@@ -164,8 +164,8 @@ class Subject:
 
     def __call__(
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, memory: Any, last_only: bool
-    ) -> tuple[Tensor, Any]:
-        """One forward pass; see `decoding.Forward`."""
+    ) -> tuple[Tensor, Any, Any]:
+        """One forward pass; see `jobs.Forward`."""
         extra: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if "position_ids" in self._accepted or "kwargs" in self._accepted:
             extra["position_ids"] = positions
@@ -175,9 +175,9 @@ class Subject:
             if self._path == "vanilla":
                 output = self.base_model(input_ids=ids, attention_mask=mask, **extra)
             else:
-                output = self.grafted(ids, attention_mask=mask, memory=memory, **extra)
+                output, memory = self.grafted.read(ids, attention_mask=mask, memory=memory, **extra)
         logits = output.logits[:, -1:] if last_only else output.logits
-        return logits, output.past_key_values
+        return logits, output.past_key_values, memory
 
     def join_memory(self, first: MemoryState, second: MemoryState) -> MemoryState:
         """Return one batch of memory states out of two."""

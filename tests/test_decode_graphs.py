@@ -36,6 +36,7 @@ _MEMORIES = {
     "delta": GraftConfig(gate_init=3.0, memory=named_memory("delta_rule", dim=16)),
     "titans": GraftConfig(gate_init=3.0, persistent_tokens=2, memory=named_memory("titans", dim=16)),
     "prefix": GraftConfig(injection="prefix"),
+    "convolved": GraftConfig(gate_init=3.0, memory=named_memory("titans", dim=16)),
 }
 
 
@@ -48,7 +49,11 @@ def _subject(tokenizer: Any, family: str, memory: str | None = None, **settings:
     base = tiny_base(family, vocab_size=VOCAB, max_position_embeddings=512, **settings)
     if memory is None:
         return Subject(base, None, tokenizer)
-    return Subject(base, titans_ds.attach(base, _MEMORIES[memory]).eval(), tokenizer)
+    grafted = titans_ds.attach(base, _MEMORIES[memory]).eval()
+    if memory == "convolved":  # an untrained convolution is the identity, and looks at nothing before a token
+        for layer in grafted.memories.values():
+            torch.nn.init.normal_(layer.memory.query_convolution.weight, generator=torch.Generator().manual_seed(0))
+    return Subject(base, grafted, tokenizer)
 
 
 def _jobs(subject: Subject, count: int = 7) -> list[Job]:
@@ -89,7 +94,7 @@ def _check_same(expected: dict[tuple[str, str], Any], found: dict[tuple[str, str
 
 _CASES = [
     *(("qwen2", memory) for memory in (None, "additive", "mac", "titans")),
-    *(("qwen3_5", memory) for memory in (None, "additive", "mac", "delta", "prefix")),
+    *(("qwen3_5", memory) for memory in (None, "additive", "mac", "delta", "convolved", "prefix")),
     ("gpt_neox", None),
 ]
 
@@ -160,6 +165,29 @@ def test_a_cache_that_cannot_be_static_takes_growing_steps_and_says_why(
     assert decoder.step_shapes == []
     assert [r.getMessage() for r in caplog.records if "DynamicSlidingWindowLayer" in r.getMessage()][1:] == []
     assert "DynamicSlidingWindowLayer" in caplog.text
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("memory", ["additive", "convolved"])
+def test_steps_from_a_cache_are_what_one_pass_over_the_whole_text_gives(
+    memory: str, fixed: bool, tokenizer: Any
+) -> None:
+    subject = _subject(tokenizer, "qwen2", memory)
+    jobs = _jobs(subject, 4)
+    found = _run(subject, _decoder(subject, 8, fixed, eos_tokens=frozenset()), jobs)
+    with subject.on_path("graft"), torch.no_grad():
+        for job in jobs:
+            state = subject.memory_for([job.priming])
+            start, scored = job.prefix + job.removed, job.targets["plain"].tokens
+            for tokens in (found[job.key, "plain"].tokens, scored):
+                ids = torch.tensor([start + tokens])
+                mask = torch.ones_like(ids)
+                logits = subject(ids, mask, mask.cumsum(1) - 1, None, state, last_only=False)[0][0, len(start) - 1 : -1]
+                if tokens is scored:
+                    nats = -torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+                    assert found[job.key, "plain"].nats == pytest.approx(nats.tolist(), abs=1e-4)
+                else:
+                    assert logits.argmax(-1).tolist() == tokens
 
 
 class _NoWaiting(TorchDispatchMode):

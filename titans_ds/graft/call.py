@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from titans_ds.memory import Access, LayerState, Tape
+from titans_ds.memory import Access, LayerState, MemoryState, Tape
 
 KEYWORD = "titans_call"
 _ACTIVE: contextvars.ContextVar[Call | None] = contextvars.ContextVar("titans_call", default=None)
@@ -55,6 +55,10 @@ class Call:
         if self.follows and not self.access.write and index in self.new:
             return dict(self.new[index])
         return None if self.given is None else dict(self.given[index])
+
+    def moved(self, memory: MemoryState | None) -> MemoryState | None:
+        """The memory after a pass that read it: moved on by the pass's tokens, where queries see those before them."""
+        return MemoryState(dict(self.new)) if self.follows and self.new else memory
 
 
 @contextlib.contextmanager

@@ -163,8 +163,18 @@ class TitansModel(nn.Module):
             memory: fast weights of B samples; nothing is written.
             kwargs: handed to the base model.
         """
-        with active(self._reading(memory, input_ids.shape[0])):
-            return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return self.read(input_ids, attention_mask, memory, **kwargs)[0]
+
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, memory: MemoryState | None = None, **kwargs: Any
+    ) -> tuple[Any, MemoryState | None]:
+        """As `forward`, and the memory to go on with from a cache: where queries are convolved with the tokens before
+        them, it has moved on by these tokens; else it is the one given.
+        """
+        call = self._reading(memory, input_ids.shape[0])
+        with active(call):
+            output = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return output, memory if call is None else call.moved(memory)
 
     def read_write(
         self,
