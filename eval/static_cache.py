@@ -119,7 +119,7 @@ class _LayerBuffers:
             for mine, theirs in zip(self._attention, (layer.keys, layer.values), strict=True):
                 for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
                     mine[slot, :, :length] = theirs[row, :, theirs.shape[2] - length :]
-                    mine[slot, :, length:] = 0  # a NaN of the row before would pass through the mask
+                    mine[slot, :, length:] = 0  # masked, but a NaN of the row before would pass: 0 times it is NaN
         for states, given in ((self._conv, "conv_states"), (self._recurrent, "recurrent_states")):
             for index, tensor in states.items():
                 tensor[torch.tensor(slots, device=tensor.device)] = getattr(layer, given)[index]
@@ -127,6 +127,7 @@ class _LayerBuffers:
     def move(self, source: int, target: int, length: int) -> None:
         for tensor in self._attention:
             tensor[target, :, :length] = tensor[source, :, :length]
+            tensor[target, :, length:] = 0
         for tensor in (*self._conv.values(), *self._recurrent.values()):
             tensor[target] = tensor[source]
 

@@ -21,6 +21,7 @@ from eval.decoding import Decoder, DecodeSettings, Job
 from eval.healing import heal
 from eval.likelihood import healed_target, plain_target
 from eval.packed_attention import attend, packed_queries
+from eval.static_cache import StaticBuffers
 from eval.step_graph import Capture, CapturedFunction
 from eval.subject import Subject
 from tests.test_eval_generation import VOCAB, byte_level_tokenizer
@@ -267,6 +268,32 @@ def test_what_is_not_finite_in_a_slot_reaches_neither_neighbours_nor_who_comes_a
     found = _run(subject, decoder, bad + jobs)
     assert decoder.step_shapes
     _check_same(expected, {key: c for key, c in found.items() if not key[0].startswith("bad")})
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_5"])
+def test_a_slot_holds_what_the_row_read_and_nothing_of_the_row_before(family: str) -> None:
+    base, ids = tiny_base(family), torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        cache = base(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).past_key_values
+    buffers = StaticBuffers(cache, 5, 16)
+    tensors = [t for layer in buffers._layers for t in (*layer._attention, *layer._conv.values())]
+    tensors += [t for layer in buffers._layers for t in layer._recurrent.values()]
+    for tensor in tensors:
+        tensor.fill_(torch.nan)
+    buffers.put([3, 1], [5, 9], cache)
+    buffers.move(3, 0, 5)
+    for tensor in tensors:
+        assert tensor[[0, 1, 3]].isfinite().all()
+        assert tensor[[2, 4]].isnan().all()
+        assert torch.equal(tensor[0], tensor[3])
+    attention = next(layer for layer in buffers._layers if layer._attention)
+    dynamic = cache.layers[buffers._layers.index(attention)]
+    for mine, theirs in zip(attention._attention, (dynamic.keys, dynamic.values), strict=True):
+        assert torch.equal(mine[3, :, :5], theirs[0, :, 4:])
+        assert torch.equal(mine[1, :, :9], theirs[1])
+        assert not mine[1, :, 9:].any()
 
 
 def test_packed_queries_are_the_attention_of_the_library(tokenizer: Any) -> None:
