@@ -25,18 +25,25 @@ class Chooser:
 
     def choose(self, active: Decoding) -> list[int]:
         """One token a row."""
-        best = active.best()
-        return [
-            best[i] if self._temperature == 0 and not row.missing else self._choose_row(active.logits(i), row)
-            for i, row in enumerate(active.rows)
-        ]
+        if self._temperature > 0:
+            return [self._draw(active.logits(i), row) for i, row in enumerate(active.rows)]
+        chosen = active.best()
+        bound = [i for i, row in enumerate(active.rows) if row.missing]
+        if bound:  # all in one transfer
+            found = torch.cat([self._best_spelling(active.logits(i), active.rows[i].missing) for i in bound])
+            for i, token in zip(bound, found.tolist(), strict=True):
+                chosen[i] = token
+        return chosen
 
-    def _choose_row(self, logits: Tensor, row: Row) -> int:
+    def _best_spelling(self, logits: Tensor, missing: bytes) -> Tensor:
+        """The best token that agrees with `missing`, [1], left on its device."""
+        allowed = self._spelling(missing, logits.device)
+        return allowed.index_select(0, logits[allowed].argmax(dim=0, keepdim=True))
+
+    def _draw(self, logits: Tensor, row: Row) -> int:
         if not row.missing:
             return self._sample(logits, row.generator)
         allowed = self._spelling(row.missing, logits.device)
-        if self._temperature == 0:
-            return int(allowed[logits[allowed].argmax()])
         return int(allowed[self._sample(logits[allowed], row.generator)])
 
     def _spelling(self, missing: bytes, device: torch.device) -> Tensor:

@@ -46,12 +46,13 @@ class Capture:
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 function()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # which a capture that ends badly doesn't
+            cause = error.__context__ or error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
             self.enabled = False
-            reason = str(error.__context__ or error).strip().partition("\n")[0]
+            reason = str(cause).strip().partition("\n")[0]
             _LOG.warning("Decode steps cannot be captured as CUDA graphs, and run one kernel at a time: %s", reason)
             return None
         return graph
