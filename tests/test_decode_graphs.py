@@ -159,7 +159,7 @@ def test_a_cache_that_cannot_be_static_takes_growing_steps_and_says_why(
         AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", **sizes)).eval(), None, tokenizer
     )
     jobs = _jobs(subject, 4)
-    decoder = _decoder(subject, 4, True)
+    decoder = _decoder(subject, 4, True, read_tokens=40)
     with caplog.at_level(logging.WARNING):
         found = _run(subject, decoder, jobs)
     _check_same(_run(subject, _decoder(subject, 4, False), jobs), found)
