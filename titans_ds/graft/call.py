@@ -61,6 +61,15 @@ class Call:
         return MemoryState(dict(self.new)) if self.follows and self.new else memory
 
 
+@dataclass(frozen=True)
+class MemoryOutput:
+    """What one segment gives: hidden states [B, T, H], the state after it by layer, and stats [B] by layer."""
+
+    last_hidden: Tensor
+    state: dict[int, LayerState]
+    stats: dict[int, LayerState]
+
+
 @contextlib.contextmanager
 def active(call: Call | None) -> Iterator[None]:
     """Forward passes of a grafted base model inside this context carry `call` (None: memory skipped)."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,22 +21,13 @@ from titans_ds.config import GraftConfig, LoraSettings
 from titans_ds.errors import ConfigError, StateError
 from titans_ds.graft import adapter, families, injection, mac, prefix
 from titans_ds.graft import lora as lora_adapters
-from titans_ds.graft.call import KEYWORD, Call, active, bind
+from titans_ds.graft.call import KEYWORD, Call, MemoryOutput, active, bind
 from titans_ds.graft.generation import check_options, num_hypotheses
 from titans_ds.graft.injection import CHILD, GraftedMemory
 from titans_ds.graft.padding import as_right_padded
 from titans_ds.graft.replay import replay
 from titans_ds.graft.session import MemorySession
 from titans_ds.memory import Access, Controls, LayerState, MemoryState, Tape
-
-
-@dataclass(frozen=True)
-class MemoryOutput:
-    """What one segment gives: hidden states [B, T, H], the state after it by layer, and stats [B] by layer."""
-
-    last_hidden: Tensor
-    state: dict[int, LayerState]
-    stats: dict[int, LayerState]
 
 
 class TitansModel(nn.Module):

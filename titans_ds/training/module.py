@@ -13,7 +13,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from titans_ds.graft.titans_model import MemoryOutput, TitansModel
+from titans_ds.graft.call import MemoryOutput
+from titans_ds.graft.titans_model import TitansModel
 from titans_ds.memory import LayerState, Tape
 from titans_ds.training.loss import LossKernel, fused_token_losses, fused_weight, token_losses
 from titans_ds.training.segments import Batch
