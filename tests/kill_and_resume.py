@@ -84,8 +84,9 @@ def kill(pids: list[int], order: random.Random) -> bool:
     """SIGKILL all ranks, in a random order; whether one of them was still running."""
     killed = False
     for pid in order.sample(pids, len(pids)):
-        killed |= os.waitpid(pid, os.WNOHANG) == (0, 0)
-        if killed:
+        runs = os.waitpid(pid, os.WNOHANG) == (0, 0)
+        killed |= runs
+        if runs:
             os.kill(pid, signal.SIGKILL)
     for pid in pids:
         with contextlib.suppress(ChildProcessError):
@@ -103,6 +104,7 @@ def wait_for_save(root: Path, pids: list[int], skip: int) -> bool:
             return True
         if os.waitpid(pids[0], os.WNOHANG) != (0, 0):
             return False
+        time.sleep(0.0005)  # leave the processor to the run
     return False
 
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -192,15 +191,17 @@ def test_sigterm_saves_and_leaves_on_all_ranks(place: Path) -> None:
     ]
     command = [*launcher(2), str(ROOT / "launch" / "train.py"), *given]
     run = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
-    metrics, limit = place / "stopped" / "metrics.jsonl", time.monotonic() + 120
-    while time.monotonic() < limit and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+    metrics, limit = place / "stopped" / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        assert time.monotonic() < limit, "the run does not come on"
+        assert run.poll() is None, "the run has ended by itself"
         time.sleep(0.1)
     os.killpg(run.pid, signal.SIGTERM)
-    run.wait(timeout=120)
-    status: dict[str, Any] = {}
-    while time.monotonic() < limit and status.get("state") != "stopped":  # the ranks may outlive their launcher
+    run.wait(timeout=300)
+    status, limit = {"state": "running"}, time.monotonic() + 300
+    while time.monotonic() < limit and status["state"] == "running":  # the ranks may outlive their launcher
         status = json.loads((place / "stopped" / "status.json").read_text())
         time.sleep(0.1)
-    assert status["state"] == "stopped"
+    assert status["state"] == "stopped", status
     assert (place / "stopped" / "checkpoints" / "latest").read_text().strip() == f"step_{status['step']:07d}"
     assert (place / "stopped" / "adapter" / "adapter_model.safetensors").is_file()

@@ -93,7 +93,7 @@ def _repositories(draw: st.DrawFn) -> list[dict[str, Any]]:
     return draw(st.permutations(rows))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rows=_repositories(), order=st.sampled_from(["depth", "imports"]))
 def test_every_invariant_on_generated_repositories(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], order: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,10 @@ def test_demo_runs_and_goes_on_from_what_is_done(tmp_path: Path) -> None:
     check_corpus(tmp_path / "corpus")
     check_completions(tmp_path / "evaluation", first.stdout)
 
-    start = time.perf_counter()
     again = demo(tmp_path, *SMALL)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("done already") == 6
     assert f"{evaluation.losses['ablated'].mean:.4f}" in again.stdout
-    assert time.perf_counter() - start < 30
 
 
 def check_corpus(corpus: Path) -> None:

@@ -44,7 +44,7 @@ def test_many_processes_one_owner(tmp_path: Path) -> None:
     workers = [context.Process(target=race, args=(str(tmp_path), queue)) for _ in range(4)]
     for worker in workers:
         worker.start()
-    taken, ended = zip(*(queue.get(timeout=60) for _ in workers), strict=True)
+    taken, ended = zip(*(queue.get(timeout=300) for _ in workers), strict=True)
     for worker in workers:
         worker.join()
     assert sorted(n for part in taken for n in part) == list(range(1, 201))
