@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -242,6 +243,46 @@ def test_a_step_never_waits_for_the_device_and_its_buffers_stay(
     assert _run(subject, decoder, _jobs(subject, 3))
     assert addresses
     assert all(len(seen) == 1 for seen in addresses.values())
+
+
+class _NoHost(TorchDispatchMode):
+    """Refuses operations on tensors of the host. (What asks for a value fails on the device `meta` by itself.)"""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        assert "lift_fresh" not in str(func), "a tensor is made of the host's numbers"
+        assert all(t.device.type == "meta" for t in tensors), f"{func} on a tensor of the host"
+        return out
+
+
+@pytest.mark.parametrize(("family", "memory"), [case for case in _CASES if case[1] != "prefix"])
+def test_a_step_on_a_device_without_values_touches_none_of_the_hosts_tensors(
+    family: str, memory: str | None, tokenizer: Any
+) -> None:
+    subject = _subject(tokenizer, family, memory)
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    ones = torch.ones_like(ids)
+    with subject.on_path("graft" if memory else "vanilla"), torch.no_grad():
+        given = subject.memory_for([(), ()])
+        _, cache, _ = subject(ids, ones, ones.cumsum(1) - 1, None, given, last_only=True)
+        buffers = StaticBuffers(cache, 2, 16)
+        for layer in buffers._layers:
+            layer._attention = [t.to("meta") for t in layer._attention]
+            for states in (layer._conv, layer._recurrent):
+                states.update({index: t.to("meta") for index, t in states.items()})
+        (subject.titans_model or subject.base_model).to("meta")
+        given = subject.reading_copy(given).to("meta") if memory else None
+        tokens, lengths = (
+            torch.zeros(2, 1, dtype=torch.long, device="meta"),
+            torch.zeros(2, dtype=torch.long, device="meta"),
+        )
+        static = buffers.view(2, 16, lengths)
+        with _NoHost():
+            seen = torch.arange(16, device="meta") <= lengths[:, None]
+            mask = subject.attention_mask(seen[:, None, None])
+            logits, *_ = subject(tokens, mask, lengths[:, None], static, given, last_only=True)
+    assert logits.shape == (2, 1, VOCAB)
 
 
 def test_what_is_not_finite_in_a_slot_reaches_neither_neighbours_nor_who_comes_after(tokenizer: Any) -> None:
