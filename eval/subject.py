@@ -192,6 +192,8 @@ class Subject:
             return f"its attention implementation is {implementation!r}, not sdpa or eager"
         if "position_ids" not in self._accepted:
             return "its forward pass takes no position_ids"
+        if self._path == "graft" and self.grafted.prefix is not None:
+            return "its memory is a prefix, which goes through the decoder at every step"
         if getattr(self.base_model.config, "alibi", False):
             return "its attention counts positions by the padding mask (ALiBi)"
         if not getattr(self.base_model, "_can_compile_fullgraph", False):

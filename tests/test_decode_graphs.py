@@ -96,7 +96,7 @@ def _check_same(expected: dict[tuple[str, str], Any], found: dict[tuple[str, str
 
 _CASES = [
     *(("qwen2", memory) for memory in (None, "additive", "mac", "titans")),
-    *(("qwen3_5", memory) for memory in (None, "additive", "mac", "delta", "convolved", "prefix")),
+    *(("qwen3_5", memory) for memory in (None, "additive", "mac", "delta", "convolved")),
     ("gpt_neox", None),
 ]
 
@@ -192,6 +192,21 @@ def test_steps_from_a_cache_are_what_one_pass_over_the_whole_text_gives(
                     assert logits.argmax(-1).tolist() == tokens
 
 
+def test_a_prefix_memory_takes_growing_steps_and_its_ablation_fixed_ones(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    subject = _subject(tokenizer, "qwen3_5", "prefix")
+    jobs = _jobs(subject, 2)
+    decoder = _decoder(subject, 4, True, max_new_tokens=2)
+    assert len(_run(subject, decoder, jobs)) == 4
+    assert decoder.step_shapes == []
+    assert "its memory is a prefix" in caplog.text
+    ablated = _decoder(subject, 4, True, max_new_tokens=2)
+    with subject.on_path("ablation"):
+        assert len(list(ablated.run(jobs))) == 4
+    assert ablated.step_shapes
+
+
 class _NoWaiting(TorchDispatchMode):
     """Refuses what makes the host wait for a device, or a device for the host: none of it can be captured."""
 
@@ -218,7 +233,7 @@ def test_the_guard_against_waiting_sees_what_waits() -> None:
             wait()
 
 
-@pytest.mark.parametrize(("family", "memory"), [case for case in _CASES if case[1] != "prefix"])
+@pytest.mark.parametrize(("family", "memory"), _CASES)
 def test_a_step_never_waits_for_the_device_and_its_buffers_stay(
     family: str, memory: str | None, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,7 +270,7 @@ class _NoHost(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("family", "memory"), [case for case in _CASES if case[1] != "prefix"])
+@pytest.mark.parametrize(("family", "memory"), _CASES)
 def test_a_step_on_a_device_without_values_touches_none_of_the_hosts_tensors(
     family: str, memory: str | None, tokenizer: Any
 ) -> None:
