@@ -88,10 +88,13 @@ class RunOptions:
         graphs = "off" if self.decode_graphs == "auto" else self.decode_graphs
         return replace(self, device=str(self.model.resolved_device()), dtype=dtype, decode_graphs=graphs)
 
+    def hashed(self) -> dict[str, Any]:
+        """Those of the options that can change a result."""
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_HASHED}
+
     def digest(self, identity: dict[str, Any]) -> str:
         """Return 12 hex digits over all that can change a result, with the digests of the data and adapter in
         `identity`.
         """
-        settings = {name: value for name, value in asdict(self).items() if name not in _NOT_HASHED}
-        text = json.dumps(settings | identity, sort_keys=True)
+        text = json.dumps(self.hashed() | identity, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

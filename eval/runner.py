@@ -111,7 +111,7 @@ def _check_folder(plan: RunPlan, resume: bool) -> None:
     before = read_config(plan.folder)
     if before["config_hash"] != plan.config_hash:
         now = _config(plan, {})
-        changed = [name for name in asdict(plan.options) if before.get(name) != now.get(name)]
+        changed = [name for name in plan.options.hashed() if before.get(name) != now.get(name)]
         raise EvalError(
             f"{plan.folder} was made with another configuration ({', '.join(changed) or 'data or adapter'} differ). "
             "Results of two configurations do not mix: give another --out, or the settings of config.json."
