@@ -105,7 +105,7 @@ class Node:
         where = ["nsenter", f"--target={self.init}", "--net", "--uts", "--pid", "--mount", f"--wd={os.getcwd()}"]
         return [*where, *command]
 
-    def run(self, *command: str, timeout: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = 900, **more: str) -> subprocess.CompletedProcess[str]:
         """Run a command on this node."""
         return subprocess.run(
             self.command(*command), env=environment(**more), capture_output=True, text=True, timeout=timeout

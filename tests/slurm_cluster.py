@@ -103,7 +103,7 @@ class Cluster:
         text = self.run("scontrol", "show", "job", number)
         return dict(item.split("=", 1) for item in text.split() if "=" in item)
 
-    def wait(self, number: str, *states: str, seconds: float = 120) -> dict[str, str]:
+    def wait(self, number: str, *states: str, seconds: float = 300) -> dict[str, str]:
         """The job, once it is in one of the states."""
         limit = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in states:
@@ -111,7 +111,7 @@ class Cluster:
             time.sleep(0.2)
         return job
 
-    def wait_idle(self, count: int, seconds: float = 60) -> None:
+    def wait_idle(self, count: int, seconds: float = 180) -> None:
         """Until so many nodes are idle: nothing of a job that has ended is left on them."""
         self._wait_until(lambda: self._idle() == count, "an idle node", seconds)
 
@@ -121,7 +121,7 @@ class Cluster:
         children = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()
         for child in children:  # the first process of the namespace: all others go with it
             os.kill(int(child), signal.SIGKILL)
-        daemon.wait(timeout=30)
+        daemon.wait(timeout=180)
 
     def _start(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.out").open("wb") as out:
@@ -146,7 +146,7 @@ class Cluster:
         done = subprocess.run(["sinfo", "-h", "-t", "idle", "-o", "%D"], env=given, capture_output=True, text=True)
         return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
 
-    def _wait_until(self, ready: Callable[[], bool], name: str, seconds: float = 30) -> None:
+    def _wait_until(self, ready: Callable[[], bool], name: str, seconds: float = 180) -> None:
         limit = time.monotonic() + seconds
         while not ready():
             logs = "".join(p.read_text()[-1500:] for p in self.folder.glob("*.out"))
@@ -159,7 +159,7 @@ class Cluster:
                 self.stop_node(name)
         for daemon in reversed(self.daemons.values()):
             daemon.terminate()
-            daemon.wait(timeout=30)
+            daemon.wait(timeout=180)
 
 
 @contextlib.contextmanager

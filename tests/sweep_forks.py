@@ -33,7 +33,7 @@ class Started:
     pid: int
     log: Path
 
-    def code(self, seconds: float = 300) -> int:
+    def code(self, seconds: float = 900) -> int:
         """Its exit code, 128 + signal where it was killed, after it has ended."""
         limit, path = time.monotonic() + seconds, self.log.with_suffix(".code")
         while not path.exists():
@@ -73,7 +73,7 @@ class Forks:
         """End the program, and with it all that it started."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=180)
 
 
 def _import_all() -> None:

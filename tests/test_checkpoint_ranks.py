@@ -43,7 +43,7 @@ def launch(place: Path, name: str, runs: list[list[str]], ranks: int) -> tuple[l
     common = ["--config", str(place / "config.yaml"), *STEPS, "--lora", "null"]
     (folder / "runs.json").write_text(json.dumps([[*run[:1], *common, *run[1:]] for run in runs]))
     command = [*launcher(ranks), str(ROOT / "tests" / "many_runs.py"), str(folder / "runs.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads((folder / "CODES.json").read_text()), done.stdout + done.stderr
 

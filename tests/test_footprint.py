@@ -26,7 +26,7 @@ def counted(out: Path, ranks: int) -> list[dict[str, Any]]:
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
     command = [*runner, "--master_port", str(free_port()), str(ROOT / "tests" / "footprints.py"), str(out)]
     environment = without_ranks(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     results: list[dict[str, Any]] = json.loads(out.read_text())
     assert len(results) == len(cases()) == 16

@@ -32,7 +32,7 @@ def start(place: Path, launcher: list[str], name: str, **environment: str) -> su
     command = [*launcher, TRAIN, "--config", str(place / "config.yaml"), "--run.dir", str(place / name), *options]
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     given = without_ranks(**{"OMP_NUM_THREADS": "1", "PATH": path, **environment})
-    return subprocess.run(command, cwd=place, env=given, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=place, env=given, capture_output=True, text=True, timeout=900)
 
 
 def losses(run: Path) -> list[float]:

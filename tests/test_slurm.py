@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.clean_environment import without_ranks
 from tests.kill_and_resume import prepare
 from tests.slurm_cluster import Cluster, slurm_cluster, why_not
 from titans_ds.errors import ConfigError
@@ -33,9 +34,9 @@ needs_slurm = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 pytestmark = pytest.mark.flaky(reruns=2, reruns_delay=5)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """node1 and node2."""
+    """node1 and node2, without what a test before has left on them."""
     with slurm_cluster(tmp_path_factory.mktemp("slurm") / "c") as found:
         yield found
 
@@ -51,15 +52,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(folder / "config.yaml")]
     done = subprocess.run(
-        [*command, "--run.dir", str(folder / "alone"), "--deepspeed=null"], capture_output=True, text=True
+        [*command, "--run.dir", str(folder / "alone"), "--deepspeed=null"],
+        env=without_ranks(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
-def submit(cluster: Cluster, place: Path, template: str, *arguments: str, **given: str) -> str:
+def submit(cluster: Cluster, logs: Path, template: str, *arguments: str, **given: str) -> str:
     """The number of a job."""
-    out = ["--parsable", "--output", str(place / "%j.out"), *SIZE]
+    out = ["--parsable", "--output", str(logs / "%j.out"), *SIZE]
     script = str(ROOT / "launch" / "slurm" / template)
     return cluster.run("sbatch", *out, script, *arguments, cwd=ROOT, **{**GIVEN, **given}).strip()
 
@@ -72,21 +76,21 @@ def losses(run: Path) -> dict[int, float]:
 
 def wait_for(run: Path, step: int, log: Path) -> None:
     """Until a run has come to a step."""
-    metrics, limit = run / "metrics.jsonl", time.monotonic() + 120
+    metrics, limit = run / "metrics.jsonl", time.monotonic() + 300
     while not (metrics.is_file() and metrics.read_text().count("\n") >= step):
         assert time.monotonic() < limit, log.read_text() if log.is_file() else "the job does not start"
         time.sleep(0.1)
 
 
 @needs_slurm
-def test_a_job_is_requeued_before_its_limit_and_goes_on(cluster: Cluster, place: Path) -> None:
+def test_a_job_is_requeued_before_its_limit_and_goes_on(cluster: Cluster, place: Path, tmp_path: Path) -> None:
     """The signal that Slurm sends before the time limit, sent by hand; the losses are those of one process."""
-    run = place / "requeued"
-    job = submit(cluster, place, "train.sbatch", "--config", str(place / "config.yaml"), "--run.dir", str(run))
-    log = place / f"{job}.out"
+    run = tmp_path / "run"
+    job = submit(cluster, tmp_path, "train.sbatch", "--config", str(place / "config.yaml"), "--run.dir", str(run))
+    log = tmp_path / f"{job}.out"
     wait_for(run, 6, log)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 180
     while cluster.job(job)["Restarts"] == "0":
         assert time.monotonic() < limit, log.read_text()
         time.sleep(0.2)
@@ -107,28 +111,28 @@ def test_a_job_is_requeued_before_its_limit_and_goes_on(cluster: Cluster, place:
 
 
 @needs_slurm
-def test_one_torchrun_a_node(cluster: Cluster, place: Path) -> None:
+def test_one_torchrun_a_node(cluster: Cluster, place: Path, tmp_path: Path) -> None:
     """They meet by rendezvous."""
-    run = place / "torchrun"
+    run = tmp_path / "run"
     arguments = ["--config", str(place / "config.yaml"), "--run.dir", str(run)]
-    job = submit(cluster, place, "train_torchrun.sbatch", *arguments, PREFLIGHT="0")
+    job = submit(cluster, tmp_path, "train_torchrun.sbatch", *arguments, PREFLIGHT="0")
     ended = cluster.wait(job, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
-    said = (place / f"{job}.out").read_text()
+    said = (tmp_path / f"{job}.out").read_text()
     assert ended["JobState"] == "COMPLETED", said
     assert " GiB, " in said  # peak memory of two ranks
     assert losses(run) == pytest.approx(losses(place / "alone"), rel=1e-6)
 
 
 @needs_slurm
-def test_a_mistake_is_not_tried_again(cluster: Cluster, place: Path) -> None:
+def test_a_mistake_is_not_tried_again(cluster: Cluster, place: Path, tmp_path: Path) -> None:
     """Neither is a job without a run folder."""
-    jobs = [submit(cluster, place, "train.sbatch", "--config", str(place / "config.yaml"))]
-    given = ["--config", str(place / "config.yaml"), "--run.dir", str(place / "mistake"), "--trainin.steps", "3"]
-    jobs.append(submit(cluster, place, "train.sbatch", *given, PREFLIGHT="0"))
+    jobs = [submit(cluster, tmp_path, "train.sbatch", "--config", str(place / "config.yaml"))]
+    given = ["--config", str(place / "config.yaml"), "--run.dir", str(tmp_path / "run"), "--trainin.steps", "3"]
+    jobs.append(submit(cluster, tmp_path, "train.sbatch", *given, PREFLIGHT="0"))
     for job, expected in zip(jobs, ("error: give --run.dir", "did you mean training.steps?"), strict=True):
         ended = cluster.wait(job, "COMPLETED", "FAILED")
         assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
-        assert expected in (place / f"{job}.out").read_text()
+        assert expected in (tmp_path / f"{job}.out").read_text()
 
 
 def test_places_of_tasks() -> None:

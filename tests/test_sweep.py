@@ -81,7 +81,7 @@ def ends_of(result: Result) -> list[dict[str, Any]]:
     return [claims.ended(number) or {"state": None} for number in claims.numbers()]
 
 
-def wait_for(condition: Any, seconds: float = 180) -> Any:
+def wait_for(condition: Any, seconds: float = 300) -> Any:
     """Its first value that is true."""
     limit = time.monotonic() + seconds
     while not (value := condition()):

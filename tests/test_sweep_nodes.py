@@ -73,7 +73,7 @@ def processes(*words: str) -> list[psutil.Process]:
     return found
 
 
-def wait_for(condition: Any, seconds: float = 180) -> Any:
+def wait_for(condition: Any, seconds: float = 300) -> Any:
     """Its first value that is true."""
     limit = time.monotonic() + seconds
     while not (value := condition()):

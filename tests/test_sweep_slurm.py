@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,12 +30,11 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # short: it holds a socket
-    with slurm_cluster(folder / "c", nodes=2) as running:
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Of two nodes, one of which a test before may have ended."""
+    with slurm_cluster(tmp_path_factory.mktemp("s") / "c", nodes=2) as running:  # short: it holds a socket
         yield running
-    shutil.rmtree(folder)
 
 
 def write_space(folder: Path, deepspeed: str | None, steps: int, seeds: list[int]) -> Path:
@@ -74,7 +71,7 @@ def start(cluster: Cluster, folder: Path, space: Path, *options: str) -> subproc
     )
 
 
-def wait_for(condition: Any, seconds: float = 120) -> Any:
+def wait_for(condition: Any, seconds: float = 300) -> Any:
     """Its first value that is true."""
     limit = time.monotonic() + seconds
     while not (value := condition()):
@@ -99,7 +96,7 @@ def test_a_trial_of_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
     """Each task of Slurm's is a rank of one DeepSpeed run."""
     space, study = write_space(tmp_path, str(ROOT / "ds_configs/zero2.json"), 20, [0]), tmp_path / "study"
     running = start(cluster, tmp_path, space, "--slurm", "nodes=2", "ntasks_per_node=1", "time=10")
-    text, _ = running.communicate(timeout=240)
+    text, _ = running.communicate(timeout=600)
     assert running.returncode == 0, text + logs_of(study)
     assert states_of(study) == [["complete"]]
     marker = json.loads((study / "trials/0000/run/checkpoints/step_0000020/checkpoint.json").read_text())
@@ -121,7 +118,7 @@ def test_a_node_dies_and_so_does_the_submitting_process(cluster: Cluster, tmp_pa
     cluster.stop_node(node)
     cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     second = start(cluster, tmp_path, space, *options)
-    text, _ = second.communicate(timeout=240)
+    text, _ = second.communicate(timeout=600)
     assert second.returncode == 0, text + logs_of(study)
     results = read_results(Study(study))
     assert [r.state for r in results] == ["complete"] * 3

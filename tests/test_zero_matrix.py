@@ -20,7 +20,7 @@ def launch_matrix(out: Path) -> dict[str, Any]:
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     command = [*runner, "--master_port", str(free_port()), str(ROOT / "tests" / "zero_matrix.py"), str(out)]
     environment = without_ranks(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = json.loads(out.read_text())
     return {"loading": found["loading"], **{result["name"]: result for result in found["cases"]}}
