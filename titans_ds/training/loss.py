@@ -68,12 +68,13 @@ def fused_weight(head: nn.Module, kernel: LossKernel) -> Tensor | None:
 
     It takes a plain linear map that is frozen and whole on this rank; `auto` on a GPU only, and where it is installed.
     """
-    if kernel == "chunked" or type(head) is not nn.Linear or head.bias is not None:
+    if kernel == "chunked" or type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
         return None
-    weight = head.weight
-    hooked = bool(head._forward_hooks or head._forward_pre_hooks)
-    if weight.requires_grad or hooked or hasattr(weight, "ds_id"):  # ds_id: ZeRO-3 has partitioned it
+    # ZeRO-3 marks what it partitions by ds_id. Asked for such a weight by name, it gathers that for the whole pass.
+    parameters = dict(head.named_parameters(recurse=False))
+    if len(parameters) > 1 or any(p.requires_grad or hasattr(p, "ds_id") for p in parameters.values()):
         return None
+    weight = parameters["weight"]
     return weight if kernel == "liger" or (weight.is_cuda and _has_liger()) else None
 
 
