@@ -73,22 +73,24 @@ class Workload:
     def decode(self, full: bool) -> dict[str, str]:
         """Our way; returns the plain completions."""
         options, subject = self.options, self.subject
-        fixed, eos = options.decode_graphs == "on", subject.eos_tokens
-        settings = DecodeSettings(options.batch_size, options.max_new_tokens, eos_tokens=eos, fixed_shapes=fixed)
-        decoder = Decoder(subject, subject.vocabulary, settings, subject.device)
+        decoder = self._decoder(options.batch_size)
         jobs = list(self.jobs.values())
         if not full:
             jobs = [Job(j.key, j.prefix, j.removed, j.healed_text, ("plain",), {}, j.priming, j.stop) for j in jobs]
         with subject.on_path(self.path):
             return {c.key: c.text for c in decoder.run(jobs) if c.boundary == "plain"}
 
+    def _decoder(self, batch_size: int) -> Decoder:
+        options, subject = self.options, self.subject
+        fixed, eos = options.decode_graphs == "on", subject.eos_tokens
+        settings = DecodeSettings(batch_size, options.max_new_tokens, eos_tokens=eos, fixed_shapes=fixed)
+        return Decoder(subject, subject.vocabulary, settings, subject.device)
+
     def equal_tokens(self, batch_size: int) -> float:
         """Share of tokens that come out the same alone and in a batch: 1 in float32, less in bfloat16 on a GPU."""
         runs = []
         for size in (1, batch_size):
-            fixed, eos = self.options.decode_graphs == "on", self.subject.eos_tokens
-            settings = DecodeSettings(size, self.options.max_new_tokens, eos_tokens=eos, fixed_shapes=fixed)
-            decoder = Decoder(self.subject, self.subject.vocabulary, settings, self.subject.device)
+            decoder = self._decoder(size)
             with self.subject.on_path(self.path):
                 runs.append({(c.key, c.boundary): c.tokens for c in decoder.run(self.jobs.values())})
         pairs = [(runs[0][key], runs[1][key]) for key in runs[0]]

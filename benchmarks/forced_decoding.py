@@ -18,13 +18,12 @@ from torch import Tensor
 
 import titans_ds
 from benchmarks.program import save
-from benchmarks.train_step import NINE_BILLION, TINY, now, peak, reset_peak
+from benchmarks.train_step import RANDOM_BASES, now, peak, reset_peak
 from eval.decoding import Decoder, DecodeSettings, Job
 from eval.provenance import describe_environment
 from eval.subject import ModelSettings, Subject, load_base, load_tokenizer
 from titans_ds import GraftConfig, MemoryConfig
 
-RANDOM_BASES = {"tiny": TINY, "qwen3.5-9b-random": NINE_BILLION}
 _WHOLE_RUN = 2665 * 4  # rows of CrossCodeEval's Python part, in four modes
 _TOKENIZER = Path(titans_ds.__file__).parent / "assets" / "base_hybrid"
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,16 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory_layer import matmul_rate
 from benchmarks.program import run, save
-from benchmarks.train_step import NINE_BILLION, TINY, Measured, RandomLanes, alternate, make_engine, now, one_step
+from benchmarks.train_step import RandomLanes, add_base, alternate, figures, make_engine, model_settings, one_step
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
 from titans_ds.training import build
 from titans_ds.training.engine import TorchEngine
 from titans_ds.training.run_folder import versions
-from titans_ds.training.settings import DataSettings, ModelSettings, TrainConfig, TrainingSettings
+from titans_ds.training.settings import DataSettings, TrainConfig, TrainingSettings
 from titans_ds.training.step import Carried
 
-BASES: dict[str, dict[str, Any]] = {"tiny": TINY, "qwen3.5-9b-random": NINE_BILLION}
 LORA = "lora"
 # By name: settings of training; `lora`: rank 64 on attention, beside the memory.
 ROWS: dict[str, dict[str, Any]] = {
@@ -56,7 +55,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "base": options.base,
         "setting": f"{options.dtype}, {options.lanes} x {options.tokens} tokens, memory dim {options.dim}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "matmul_flops_per_second": matmul_rate(device, options.dtype),
+        "matmul_flops_per_second": matmul_rate(device, getattr(torch, options.dtype)),
         "command": " ".join(["python -m benchmarks.frozen_step", *sys.argv[1:]]),
         "versions": versions(),
         "rows": {},
@@ -84,7 +83,7 @@ def measure_row(
         measured = alternate(engine, lanes, config.training, options.warmup, options.steps, device)
     except torch.OutOfMemoryError as error:
         return {"failure": str(error).splitlines()[0]}
-    on, off = (_figures(measured[write], options.lanes * options.tokens) for write in (True, False))
+    on, off = (figures(measured[write], options.lanes * options.tokens) for write in (True, False))
     return {"memory_on": on, "memory_off": off}
 
 
@@ -95,25 +94,13 @@ def count(engine: TorchEngine, lanes: RandomLanes, settings: TrainingSettings, d
     return int(counter.get_total_flops())
 
 
-def matmul_rate(device: torch.device, dtype: str) -> float:
-    """Floating-point operations a second of a large product, the best of ten."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device, dtype=getattr(torch, dtype))
-    seconds = []
-    for _ in range(13):
-        start = now(device)
-        a @ b
-        seconds.append(now(device) - start)
-    return float(2 * size**3 / min(seconds[3:]))
-
-
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
     floor = report["matmul_flops_per_second"] / report["flops_per_token"] if "flops_per_token" in report else None
     plain = report["rows"].get("plain", {}).get("memory_off", {}).get("tokens_per_second")
     lines = [f"{report['base']}, {report['device']}, {report['setting']}", ""]
     if floor:
-        lines += [f"floor {floor:,.0f} tokens/s: {report['flops_per_token'] / 1e9:.1f} GFLOP a token", ""]
+        lines += [f"floor {floor:,.0f} tokens/s: {report['flops_per_token'] / 1e9:.3g} GFLOP a token", ""]
     lines += [
         "| | off, tokens/s | over plain | share of floor | on, tokens/s | on / off | peak GiB |",
         "|" + "---|" * 7,
@@ -136,18 +123,11 @@ def _short(row: dict[str, Any]) -> str:
     return ", ".join(f"{k}: {v['tokens_per_second']:,.0f} tokens/s" for k, v in row.items())
 
 
-def _figures(measured: Measured, tokens: int) -> dict[str, Any]:
-    median = statistics.median(measured.seconds)
-    peak_gib = measured.peak_bytes / 2**30
-    return {"tokens_per_second": tokens / median, "seconds": measured.seconds, "peak_gib": peak_gib}
-
-
 def _config(options: argparse.Namespace, given: dict[str, Any]) -> TrainConfig:
-    random = BASES.get(options.base)
     chosen = {k: v for k, v in given.items() if k != LORA}
     training = TrainingSettings(checkpointing=options.checkpointing, loss_chunk_tokens=2048, **chosen)
     return TrainConfig(
-        model=ModelSettings(base=None if random else options.base, architecture=random, dtype=options.dtype),
+        model=model_settings(options.base, options.dtype),
         data=DataSettings(corpus="random tokens"),
         graft=GraftConfig(segment_tokens=options.tokens, memory=MemoryConfig(dim=options.dim)),
         lora=LoraSettings(rank=64) if given.get(LORA) else None,
@@ -158,8 +138,7 @@ def _config(options: argparse.Namespace, given: dict[str, Any]) -> TrainConfig:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="tiny", help="tiny, qwen3.5-9b-random, or a path or hub id (default: tiny)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_base(parser)
     parser.add_argument("--lanes", type=int, default=2, help="segments side by side (default: 2)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a segment (default: 256)")
     parser.add_argument("--dim", type=int, default=None, help="memory dim (default: 512, or 64 for tiny)")

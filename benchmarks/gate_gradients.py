@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.program import save
 from launch.train import main as train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,10 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
     rows = compare(*(options.work / injection for injection in INJECTIONS))
     _show(rows, options.steps)
-    if options.out:
-        part = options.out.with_suffix(".part")
-        part.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        part.replace(options.out)
+    save([asdict(row) for row in rows], options.out)
     return 0
 
 

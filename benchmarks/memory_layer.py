@@ -118,10 +118,10 @@ def _gradients(dim: int, rows: int, tokens: int) -> list[Case]:
     return [Case(**{**vars(make[0]), "ours": True}), *make[1:]]
 
 
-def matmul_rate(device: torch.device) -> float:
-    """Operations a second of a large bf16 matrix product on random numbers."""
+def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations a second of a large matrix product on random numbers."""
     n = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2.0 * n**3 / (_median(lambda: a @ b, device, 0.5) / 1e3)
 
 
@@ -291,8 +291,7 @@ def main() -> None:
         print(f"no row matches {options.rows}; rows are matched by group and name", file=sys.stderr)
         raise SystemExit(2)
     print(table(results, runner.machine))
-    if options.out:
-        save({"machine": runner.machine, "results": results}, options.out)
+    save({"machine": runner.machine, "results": results}, options.out)
 
 
 def _brief(row: dict[str, Any]) -> str:

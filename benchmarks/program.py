@@ -28,9 +28,9 @@ def run(
     return 0
 
 
-def save(report: dict[str, Any], path: Path | None) -> None:
+def save(report: Any, path: Path | None) -> None:
     """Write a report as JSON, whole or not at all; nothing where there is no path."""
     if path is not None:
-        part = path.with_suffix(".part")
+        part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(report, indent=2) + "\n")
         part.replace(path)

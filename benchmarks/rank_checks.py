@@ -10,7 +10,6 @@ One table; a check that fails is a row of it. PACKED is a corpus in the base's t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -27,8 +26,10 @@ import yaml
 
 from benchmarks.program import run, save
 from launch.demo_stages import SHIPPED, launcher
+from launch.sweeping.processes import kill_tree
 from launch.sweeping.results import read_results
 from launch.sweeping.study import Study
+from titans_ds.training.packed import open_corpus
 from titans_ds.training.run_folder import versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,11 +58,12 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All checks, one after the other."""
+    """All checks, one after the other. Raises TitansError where the corpus is none."""
+    open_corpus(options.corpus)
     options.work.mkdir(parents=True, exist_ok=True)
-    SETTINGS["data"]["corpus"] = str(options.corpus.resolve())
     config = options.work / "config.yaml"
-    config.write_text(yaml.safe_dump(SETTINGS))
+    data = {**SETTINGS["data"], "corpus": str(options.corpus.resolve())}
+    config.write_text(yaml.safe_dump({**SETTINGS, "data": data}))
     checks = Checks(options.work.resolve(), config.resolve(), options.zero)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
@@ -144,7 +146,8 @@ class Checks:
         except subprocess.TimeoutExpired as error:
             raise CheckError("the others were still waiting after 120 s") from error
         finally:
-            _end(process)
+            kill_tree(process.pid)
+            process.wait()
         if "no sign of life" not in err or process.returncode == 0:
             raise CheckError(f"exit code {process.returncode}, and no word of a lost rank: {err.strip()[-200:]}")
         if seconds > 60:
@@ -197,7 +200,8 @@ class Checks:
     def _call(self, command: list[str]) -> str:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            raise CheckError(f"exit code {done.returncode} of {' '.join(command[:6])} …: {done.stderr.strip()[-300:]}")
+            said = (done.stderr.strip() or done.stdout.strip())[-300:]
+            raise CheckError(f"exit code {done.returncode} of {' '.join(command[:6])} …: {said}")
         return done.stdout
 
 
@@ -233,15 +237,6 @@ def _rank(process: subprocess.Popen[str], number: int) -> psutil.Process:
     """The process of one rank."""
     children = psutil.Process(process.pid).children(recursive=True)
     return next(p for p in children if f"--local_rank={number}" in p.cmdline())
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """The launcher, and all it has started."""
-    if process.poll() is None:
-        for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            with contextlib.suppress(psutil.Error):
-                child.kill()
-        process.wait()
 
 
 def _span(run_dir: Path) -> tuple[float, float]:

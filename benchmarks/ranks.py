@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher 
 import torch
 
 from benchmarks.program import save
-from benchmarks.train_step import NINE_BILLION, TINY, RandomLanes, load_base, now, peak, reset_peak
+from benchmarks.train_step import RandomLanes, add_base, load_base, model_settings, now, peak, reset_peak
 from launch.demo_stages import launcher
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
 from titans_ds.errors import TitansError
@@ -35,7 +35,7 @@ from titans_ds.training.lanes import Step
 from titans_ds.training.module import Mode
 from titans_ds.training.optimizer import make_optimizer
 from titans_ds.training.run_folder import versions
-from titans_ds.training.settings import DataSettings, ModelSettings, OptimizerSettings, TrainConfig, TrainingSettings
+from titans_ds.training.settings import DataSettings, OptimizerSettings, TrainConfig, TrainingSettings
 from titans_ds.training.step import Carried, commit, run_passes
 from titans_ds.zero.config import complete_config
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
@@ -138,7 +138,7 @@ def measure(options: argparse.Namespace) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     }
     if ranks.rank() == 0:
-        options.out.write_text(json.dumps(row))
+        save(row, options.out)
     stop_ranks()
 
 
@@ -205,7 +205,6 @@ def _profiler() -> Iterator[torch.profiler.profile]:
 
 def _config(options: argparse.Namespace, case: Case) -> TrainConfig:
     tiny = options.base == "tiny"
-    random = {"tiny": TINY, "qwen3.5-9b-random": NINE_BILLION}.get(options.base)
     second: dict[str, Any] = {"learn_step_size": True, "key_projection": "learned", "value_projection": "learned"}
     memory = MemoryConfig(dim=64 if tiny else 512, **(second if case.order == "second" else {}))
     training = TrainingSettings(
@@ -216,7 +215,7 @@ def _config(options: argparse.Namespace, case: Case) -> TrainConfig:
         loss_chunk_tokens=2048,
     )
     return TrainConfig(
-        model=ModelSettings(base=None if random else options.base, architecture=random, dtype=options.dtype),
+        model=model_settings(options.base, options.dtype),
         data=DataSettings(corpus="random tokens", num_lanes=case.lanes),
         graft=GraftConfig(segment_tokens=options.tokens, memory=memory),
         lora=LoraSettings(rank=64) if case.lora else None,
@@ -252,8 +251,7 @@ def table(report: dict[str, Any]) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="tiny", help="tiny, qwen3.5-9b-random, or a path or hub id")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_base(parser)
     parser.add_argument("--tokens", type=int, default=128, help="of a segment")
     parser.add_argument("--window", type=int, default=4, help="segments of every lane in a step")
     parser.add_argument("--checkpointing", action="store_true")

@@ -28,17 +28,16 @@ import torch
 from torch import nn
 
 from benchmarks.program import run, save
-from benchmarks.train_step import NINE_BILLION, TINY, RandomLanes, make_engine, now, peak, reset_peak
+from benchmarks.train_step import RandomLanes, make_engine, model_settings, now, peak, reset_peak
 from titans_ds.config import GraftConfig, MemoryConfig
 from titans_ds.memory_config import named_memory
 from titans_ds.training import build
 from titans_ds.training.engine import TorchEngine
 from titans_ds.training.module import Mode, detach, run_segment
 from titans_ds.training.run_folder import versions
-from titans_ds.training.settings import DataSettings, ModelSettings, TrainConfig, TrainingSettings
+from titans_ds.training.settings import DataSettings, TrainConfig, TrainingSettings
 from titans_ds.training.step import Carried, Passes, commit, run_passes
 
-BASES: dict[str, dict[str, Any]] = {"tiny": TINY, "qwen3.5-9b-random": NINE_BILLION}
 SECOND = {"order": "second"}
 RECOMPUTE = {"checkpointing": True}
 OFFLOAD = {"offload_activations": True}
@@ -224,11 +223,10 @@ def _settings(name: str, window: int) -> TrainingSettings:
 
 
 def _config(arguments: argparse.Namespace, device: torch.device) -> TrainConfig:
-    random = BASES.get(arguments.base)
     dim = arguments.dim or (64 if arguments.base == "tiny" else 512)
     memory = MemoryConfig(dim=dim, **LEARNED) if arguments.memory == "learned" else named_memory("titans", dim=dim)
     return TrainConfig(
-        model=ModelSettings(base=None if random else arguments.base, architecture=random, dtype=arguments.dtype),
+        model=model_settings(arguments.base, arguments.dtype),
         data=DataSettings(corpus="random tokens"),
         graft=GraftConfig(segment_tokens=arguments.tokens, memory=memory),
         training=TrainingSettings(order="second", window=max(arguments.window, 2), loss_chunk_tokens=2048),

@@ -50,6 +50,7 @@ TINY = {
     "linear_value_head_dim": 32,
 }
 NINE_BILLION = {"model_type": "qwen3_5_text"}  # transformers' own defaults are the 9B sizes
+RANDOM_BASES: dict[str, dict[str, Any]] = {"tiny": TINY, "qwen3.5-9b-random": NINE_BILLION}
 
 
 class RandomLanes:
@@ -148,8 +149,7 @@ def table(report: dict[str, Any]) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--base", default="tiny", help="tiny, qwen3.5-9b-random, or a path or hub id (default: tiny)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_base(parser)
     parser.add_argument("--lanes", type=int, default=2, help="segments side by side (default: 2)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a segment (default: 256)")
     parser.add_argument("--dim", type=int, default=None, help="memory dim (default: 512, or 64 for tiny)")
@@ -165,20 +165,31 @@ def _arguments() -> argparse.Namespace:
 
 
 def _config(arguments: argparse.Namespace) -> TrainConfig:
-    random = {"tiny": TINY, "qwen3.5-9b-random": NINE_BILLION}.get(arguments.base)
-    base = None if random else arguments.base
     dim = arguments.dim or (64 if arguments.base == "tiny" else 512)
     training = TrainingSettings(
         order=arguments.order, window=arguments.window, checkpointing=arguments.checkpointing, loss_chunk_tokens=2048
     )
     memory = MemoryConfig(dim=dim, write=arguments.memory_write)
     return TrainConfig(
-        model=ModelSettings(base=base, architecture=random, dtype=arguments.dtype),
+        model=model_settings(arguments.base, arguments.dtype),
         data=DataSettings(corpus="random tokens"),
         graft=GraftConfig(segment_tokens=arguments.tokens, memory=memory),
         training=training,
         deepspeed=None,
     )
+
+
+def model_settings(base: str, dtype: Any) -> ModelSettings:
+    """Of one of RANDOM_BASES by its name, or of a path or hub id."""
+    random = RANDOM_BASES.get(base)
+    return ModelSettings(base=None if random else base, architecture=random, dtype=dtype)
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Options --base and --dtype."""
+    names = ", ".join(RANDOM_BASES)
+    parser.add_argument("--base", default="tiny", help=f"{names}, or a path or hub id (default: tiny)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
 
 
 def make_engine(config: TrainConfig, device: torch.device) -> TorchEngine:
@@ -204,7 +215,7 @@ def _report(
     arguments: argparse.Namespace, module: nn.Module, measured: dict[bool, Measured], device: torch.device
 ) -> dict[str, Any]:
     tokens = arguments.lanes * arguments.tokens * arguments.window
-    on, off = (_figures(measured[write], tokens) for write in (True, False))
+    on, off = (figures(measured[write], tokens) for write in (True, False))
     ratio = {
         "step_time": on["median_seconds"] / off["median_seconds"],
         "peak_memory": on["peak_gib"] / off["peak_gib"],
@@ -231,7 +242,8 @@ def _setting(arguments: argparse.Namespace) -> str:
     return f"{arguments.dtype}, {shape}, {arguments.order} order, {arguments.memory_write} write, {checkpointing}"
 
 
-def _figures(measured: Measured, tokens: int) -> dict[str, Any]:
+def figures(measured: Measured, tokens: int) -> dict[str, Any]:
+    """For a report: the median step of `tokens` tokens, and the peak of memory."""
     median = statistics.median(measured.seconds)
     return {
         "median_seconds": median,

@@ -10,6 +10,7 @@ instead of three, and the softmax in one pass over the logits.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any, Literal, cast
@@ -114,5 +115,6 @@ class _FrozenHead(torch.autograd.Function):
         return (rows_NH * gradient_N[:, None]).to(rows_NH.dtype), None, None, None  # in fp32: a step's scale is small
 
 
+@functools.cache  # asked for every segment
 def _has_liger() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
