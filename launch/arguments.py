@@ -148,6 +148,7 @@ def _one_line(message: str) -> str:
     expected = re.search(r"Expected an? (.+?)\. Got value: ([^\n]+)", message)
     if keys and expected:
         name = re.sub(r"<class '([^']+)'>", r"\1", expected.group(1))
+        name = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", name)
         prefix = [k for k in keys if k != keys[-1]][:1] if len(keys) > 1 and not keys[-1].startswith(keys[0]) else []
         return f"{'.'.join([*prefix, keys[-1]])} is {expected.group(2).strip()}; expected {name}"
     return re.sub(r"\s+", " ", message).strip()
