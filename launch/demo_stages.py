@@ -176,8 +176,12 @@ def report_stage(out: Path) -> Stage:
 
 
 def launcher(ranks: int) -> list[str]:
-    """The `deepspeed` command of this environment."""
+    """The `deepspeed` command of this environment, on the GPUs that CUDA_VISIBLE_DEVICES names where it names any."""
     found = shutil.which("deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if found is None:
         raise TitansError("the command `deepspeed` is not installed in this environment; run `make setup`")
-    return [found, "--quiet", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip().isdigit()]
+    # Given a number, the launcher takes the machine's first GPUs, whatever that variable says.
+    chosen = ["--include", f"localhost:{','.join(visible[:ranks])}"]
+    count = chosen if len(visible) >= ranks else ["--num_accelerators", str(ranks)]
+    return [found, "--quiet", *count, "--master_port", str(free_port())]
