@@ -168,6 +168,10 @@ class DeepSpeedEngine(Generic[Module]):
                 whole[name] = value.detach().cpu().clone()
         return whole
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks and buffers off the module, so that both can be freed; the engine runs no more."""
+        self._engine.destroy()
+
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank."""
         return self.optimizer.state_bytes()
