@@ -124,9 +124,7 @@ def launch(names: list[str], options: argparse.Namespace) -> tuple[dict[str, Any
     return found, said or f"no row within {options.row_seconds} s"
 
 
-def _await_rows(
-    process: subprocess.Popen[bytes], folder: Path, names: list[str], row_seconds: float
-) -> dict[str, Any]:
+def _await_rows(process: subprocess.Popen[bytes], folder: Path, names: list[str], row_seconds: float) -> dict[str, Any]:
     """Rows as they come; a launch that makes none for too long is ended, with all its ranks."""
     found: dict[str, Any] = {}
     last = time.monotonic()
