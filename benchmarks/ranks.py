@@ -94,9 +94,9 @@ def main() -> int:
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
     """Launch the rows, those with as many ranks together; what is there is saved after each launch."""
-    rows: dict[str, Any] = {}
+    rows: dict[str, Any] = {} if options.known is None else json.loads(options.known.read_text())["rows"]
     report = {"rows": rows, "command": " ".join(["python -m benchmarks.ranks", *sys.argv[1:]]), "versions": versions()}
-    pending = list(options.rows or CASES)
+    pending = [name for name in options.rows or CASES if name not in rows]
     while pending:
         group = [name for name in pending if CASES[name].ranks == CASES[pending[0]].ranks]
         found, failed = launch(group, options)
@@ -105,7 +105,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         rows |= found
         pending = [name for name in pending if name not in found]
         save(report, options.out)
-    report["rows"] = {name: rows[name] for name in options.rows or CASES}
+    report["rows"] = {name: rows[name] for name in CASES if name in rows}
     save(report, options.out)
     return report
 
@@ -309,6 +309,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rows", nargs="+", choices=sorted(CASES), metavar="ROW", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--known", type=Path, help="a report of other rows, made on this machine: take them from there")
     parser.add_argument("--row-seconds", type=float, default=240, help="give a row up after this")
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

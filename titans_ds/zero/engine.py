@@ -53,6 +53,7 @@ def start_ranks(timeout: timedelta = _TIMEOUT) -> None:
         deepspeed.init_distributed(timeout=timeout, verbose=False, distributed_port=port)
     except Exception as error:
         raise explain(error) from error
+    local_device()  # collectives of objects go through the current GPU, which is the first one on every rank until now
     start_heartbeat()
 
 
