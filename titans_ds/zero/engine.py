@@ -101,7 +101,7 @@ class DeepSpeedEngine(Generic[Module]):
 
     def __init__(self, module: Module, optimizer: SkippableAdamW, config: dict[str, Any], device: torch.device) -> None:
         self._module, self._device, self.optimizer = module, device, optimizer
-        optimizer.agree = _any_rank
+        optimizer.agree = lambda flag: _any_rank(flag, device)
         self._engine = import_deepspeed().initialize(model=module, optimizer=cast(Any, optimizer), config=config)[0]
         offloaded = config.get("zero_optimization", {}).get("offload_optimizer") or {}
         self._offloaded = offloaded.get("device", "none") != "none"
@@ -206,8 +206,9 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def _any_rank(flag: Tensor) -> Tensor:
-    flag = flag.float()
+def _any_rank(flag: Tensor, device: torch.device) -> Tensor:
+    """Through the device that the ranks talk through: an offloaded optimizer's flag is on the CPU, which NCCL can't send."""
+    flag = flag.float().to(device)
     torch.distributed.all_reduce(flag)
     return flag > 0
 
