@@ -207,7 +207,7 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def _any_rank(flag: Tensor, device: torch.device) -> Tensor:
-    """Through the device that the ranks talk through: an offloaded optimizer's flag is on the CPU, which NCCL can't send."""
+    """Through the ranks' own devices: an offloaded optimizer's flag is on the CPU, where NCCL sends nothing."""
     flag = flag.float().to(device)
     torch.distributed.all_reduce(flag)
     return flag > 0
