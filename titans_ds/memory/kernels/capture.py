@@ -1,0 +1,141 @@
+"""Where CUDA graphs of a device are captured, and the memory that they share.
+
+Nothing of a graph's own memory outlives a replay: inputs are copied into buffers first, results out of buffers last.
+So all graphs share one pool and one set of buffers, and take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_captures: weakref.WeakValueDictionary[torch.device, Capture] = weakref.WeakValueDictionary()
+
+
+class Capture:
+    """What captured functions of one device share. This class knows no graphs: `CudaCapture` does.
+
+    Args:
+        device: where the functions run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.failed = False
+        self._lock = threading.Lock()
+        self._buffers: weakref.WeakValueDictionary[tuple[object, ...], Tensor] = weakref.WeakValueDictionary()
+
+    def buffers(self, role: str, like: Sequence[Tensor]) -> list[Tensor]:
+        """One for each tensor, by shape and dtype; those of one role are apart, and the same for all functions."""
+        counts: Counter[tuple[object, ...]] = Counter()
+        found = []
+        for tensor in like:
+            kind = (role, tensor.shape, tensor.dtype)
+            counts[kind] += 1
+            buffer = self._buffers.get((*kind, counts[kind]))
+            if buffer is None:
+                buffer = torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device)
+                self._buffers[(*kind, counts[kind])] = buffer
+            found.append(buffer)
+        return found
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """The time in which buffers and pool belong to one call."""
+        with self._lock:
+            yield
+
+    def apart(self, function: Callable[[], _T]) -> _T:
+        """Run in a thread of its own, where no caller's mode holds: hooks on what autograd saves, inference mode."""
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(function).result()
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        """Run once, so that kernels compile and libraries take their workspaces."""
+        raise NotImplementedError
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """What does the function's work again, on the same memory. Raises RuntimeError where it can't be captured."""
+        raise NotImplementedError
+
+    def give_up(self, error: BaseException) -> None:
+        """Capture nothing more, and say so once."""
+        reason = str(error.__context__ or error).strip().partition("\n")[0]
+        if not self.failed:
+            _LOG.warning("memories can't be captured as CUDA graphs, and run one kernel at a time: %s", reason)
+        self.failed = True
+
+
+class CudaCapture(Capture):
+    """Captures on a side stream; replays on the caller's."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._first: Any = None  # the pool lives as long as one of its graphs
+        self._last: Any = None  # the stream of the call before
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Also in the order of streams, where calls come from several."""
+        with super().turn():
+            stream = torch.cuda.current_stream(self.device)
+            if self._last is not None and self._last != stream:
+                stream.wait_stream(self._last)
+            self._last = stream
+            yield
+
+    def apart(self, function: Callable[[], _T]) -> _T:
+        """In a thread of its own, on the caller's device and stream."""
+        stream = torch.cuda.current_stream(self.device)
+
+        def there() -> _T:
+            with torch.cuda.device(self.device), torch.cuda.stream(stream):
+                return function()
+
+        return super().apart(there)
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        """On the side stream."""
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            function()
+        current.wait_stream(self._stream)
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """A CUDA graph's replay."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # thread_local: other threads (of a data loader, of NCCL) may do meanwhile what a capture forbids.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                function()
+        except RuntimeError:
+            torch.cuda.set_stream(current)  # which a capture that ends badly doesn't
+            raise
+        self._first = self._first or graph
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+def capture_of(device: torch.device) -> Capture | None:
+    """The device's, which lives as long as someone holds it; None where there are no CUDA graphs."""
+    if device.type != "cuda":
+        return None
+    if device not in _captures:
+        made = CudaCapture(device)
+        _captures[device] = made
+        return made
+    return _captures[device]
