@@ -24,8 +24,8 @@ class EagerCapture(Capture):
     def turn(self) -> Iterator[None]:
         with super().turn():
             yield
-            for buffer in list(self._buffers.values()):
-                buffer.fill_(float("nan") if buffer.is_floating_point() else 1)
+            for arena in list(self._arenas.values()):
+                arena.memory.fill_(255)  # not a number, in any precision
 
     def warm_up(self, function: Callable[[], None]) -> None:
         function()

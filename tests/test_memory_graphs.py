@@ -255,6 +255,23 @@ def test_further_shapes_go_the_plain_way() -> None:
     assert capture.recorded == 2 * _MOST
     same(gradients(made, tokens(1)), gradients(titans(), tokens(1)))
     assert capture.recorded == 2 * _MOST
+    with torch.no_grad():
+        for _ in range(2):
+            made(tokens(), None, None, None, WRITE)
+    assert capture.recorded == 2 * _MOST + 1
+
+
+def test_a_shorter_text_takes_a_longer_ones_buffers() -> None:
+    made = titans()
+    capture = graphed(made)
+    for count in (11, 7, 13):
+        expected = gradients(titans(), tokens(count))
+        same(gradients(made, tokens(count)), expected)
+    slots = [pair._given for pair in made.graphs._graphs._pairs.values()]
+    assert slots[0]._arena is slots[1]._arena
+    assert slots[2]._arena is not slots[0]._arena
+    assert all(b.data_ptr() % 16 == 0 for s in slots for b in s.buffers)
+    assert capture.recorded == 6
 
 
 def test_a_capture_that_fails_is_said_once(caplog) -> None:

@@ -1,7 +1,7 @@
 """Where CUDA graphs of a device are captured, and the memory that they share.
 
 Nothing of a graph's own memory outlives a replay: inputs are copied into buffers first, results out of buffers last.
-So all graphs share one pool and one set of buffers, and take turns.
+So all graphs share one pool, and buffers in the same few places, and take turns.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,27 @@ from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_ALIGNED = 256  # bytes
 _captures: weakref.WeakValueDictionary[torch.device, Capture] = weakref.WeakValueDictionary()
+
+
+@dataclass(eq=False)
+class Arena:
+    """Bytes that buffers lie in; they live as long as someone holds it."""
+
+    memory: Tensor
+
+    def views(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Buffers one after the other."""
+        found, start = [], 0
+        for t in like:
+            found.append(self.memory[start : start + t.nbytes].view(t.dtype).view(t.shape))
+            start += _whole(t)
+        return found
+
+
+def _whole(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // _ALIGNED) * _ALIGNED
 
 
 class Capture:
@@ -34,20 +54,15 @@ class Capture:
         self.device = device
         self.failed = False
         self._lock = threading.Lock()
-        self._buffers: weakref.WeakValueDictionary[tuple[object, ...], Tensor] = weakref.WeakValueDictionary()
+        self._arenas: weakref.WeakValueDictionary[str, Arena] = weakref.WeakValueDictionary()
 
-    def buffers(self, role: str, like: Sequence[Tensor]) -> list[Tensor]:
-        """One for each tensor, by shape and dtype; those of one role are apart, and the same for all functions."""
-        counts: Counter[tuple[object, ...]] = Counter()
-        found = []
-        for tensor in like:
-            kind = (role, tensor.shape, tensor.dtype)
-            counts[kind] += 1
-            buffer = self._buffers.get((*kind, counts[kind]))
-            if buffer is None:
-                buffer = torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device)
-                self._buffers[(*kind, counts[kind])] = buffer
-            found.append(buffer)
+    def arena(self, role: str, like: Sequence[Tensor]) -> Arena:
+        """Large enough for these tensors; the same for all functions, as long as none needs a larger one."""
+        size = sum(_whole(t) for t in like)
+        found = self._arenas.get(role)
+        if found is None or found.memory.numel() < size:
+            found = Arena(torch.zeros(size, dtype=torch.uint8, device=self.device))
+            self._arenas[role] = found
         return found
 
     @contextlib.contextmanager

@@ -22,7 +22,7 @@ from titans_ds.errors import ConfigError
 from titans_ds.memory.kernels.capture import Capture
 
 _LOG = logging.getLogger(__name__)
-_MOST = 8  # captured pairs of one owner; calls of further shapes run without a graph
+_MOST = 24  # captured pairs of one owner, with gradients and without; calls of further shapes run without a graph
 _MOST_MOVES = 3  # times that parameters may move
 
 Tensors = dict[str, Tensor]
@@ -48,10 +48,11 @@ Function = Callable[[Tensors, Tensors], Result]
 class _Slots:
     """Buffers, filled and emptied with one launch a dtype where shapes and strides allow it."""
 
-    def __init__(self, buffers: Sequence[Tensor]) -> None:
-        self.buffers = list(buffers)
-        dtypes = dict.fromkeys(t.dtype for t in buffers)
-        self._groups = [[i for i, t in enumerate(buffers) if t.dtype == dtype] for dtype in dtypes]
+    def __init__(self, where: Capture, role: str, like: Sequence[Tensor]) -> None:
+        self._arena = where.arena(role, like)
+        self.buffers = self._arena.views(like)
+        dtypes = dict.fromkeys(t.dtype for t in like)
+        self._groups = [[i for i, t in enumerate(like) if t.dtype == dtype] for dtype in dtypes]
 
     def fill(self, sources: Sequence[Tensor | None]) -> None:
         """Copy; zeros where there is nothing to copy."""
@@ -86,10 +87,10 @@ class Captured:
     ) -> None:
         self._where, self._names, self._held, self._needs = where, list(given), list(held), needs
         self.places = places(held.values())
-        inputs = where.buffers("given", list(given.values()))
-        self._given = _Slots(inputs)
+        self._given = _Slots(where, "given", list(given.values()))
         self._given.fill([t.detach() for t in given.values()])
-        static, fixed = dict(zip(given, inputs, strict=True)), {n: t.detach() for n, t in held.items()}
+        static = dict(zip(given, self._given.buffers, strict=True))
+        fixed = {n: t.detach() for n, t in held.items()}
         self._learn(function, static, fixed)
         self._record(function, static, fixed)
 
@@ -105,11 +106,11 @@ class Captured:
         outputs, heard = found[0].outputs, found[0].heard
         self.outputs = list(outputs)
         self.differentiable = [n for n, t in outputs.items() if t.requires_grad]
-        self._made = _Slots(self._where.buffers("made", list(outputs.values())))
+        self._made = _Slots(self._where, "made", list(outputs.values()))
         if self.differentiable:
             asked = [t for n, t in (static | fixed).items() if n in self._needs] + heard
-            self._d_outputs = _Slots(self._where.buffers("d", [outputs[n] for n in self.differentiable]))
-            self._gradients = _Slots(self._where.buffers("made", asked))
+            self._d_outputs = _Slots(self._where, "asked", [outputs[n] for n in self.differentiable])
+            self._gradients = _Slots(self._where, "made", asked)
 
     def _record(self, function: Function, static: Tensors, fixed: Tensors) -> None:
         def forward() -> None:
@@ -277,12 +278,14 @@ class Graphs:
             if places(held.values()) == found.places:
                 return found
             self._note_move()
-        elif len(self._pairs) >= _MOST or not self._worth(key, needs):
+        elif not self._worth(key, needs):
             return None
         return self._capture(key, function, given, held, needs, where)
 
     def _worth(self, key: Hashable, needs: frozenset[str]) -> bool:
         """At once in training, whose shapes stay; without gradients from the second time on: texts differ in length."""
+        if sum(bool(pair.differentiable) == bool(needs) for pair in self._pairs.values()) >= _MOST:
+            return False
         known = bool(needs) or key in self._seen
         if len(self._seen) < 64 * _MOST:
             self._seen.add(key)
