@@ -210,6 +210,8 @@ def test_parameters_are_read_where_they_lie() -> None:
 def test_parameters_that_move_are_found(caplog) -> None:
     made, h = titans(), tokens()
     capture = graphed(made)
+    gradients(made, tokens(5))
+    capture.recorded = 0
     with caplog.at_level(logging.WARNING):
         for number in range(_MOST_MOVES + 3):
             made.key_projection.weight.data = made.key_projection.weight.data * 0.9
@@ -219,6 +221,9 @@ def test_parameters_that_move_are_found(caplog) -> None:
             assert capture.recorded == 2 * min(number + 1, _MOST_MOVES + 1)
     assert [r.message for r in caplog.records if "keep moving" in r.message][1:] == []
     assert any("keep moving" in r.message for r in caplog.records)
+    recomputed = checkpoint(made, tokens(5).requires_grad_(), None, None, None, WRITE, use_reentrant=False)[0]
+    recomputed.sum().backward()
+    assert not made.graphs._graphs._pairs
 
 
 def test_parameters_that_move_before_the_backward() -> None:

@@ -295,6 +295,7 @@ class Graphs:
         self._moves += 1
         if self._moves > _MOST_MOVES:
             _LOG.warning("a memory's parameters keep moving: it isn't replayed as CUDA graphs any more")
+            self._pairs.clear()
 
     def _capture(
         self, key: Hashable, function: Function, given: Tensors, held: Tensors, needs: frozenset[str], where: Capture
