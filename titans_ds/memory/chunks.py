@@ -175,9 +175,10 @@ def run(
     if engine is not None:
         with writing():
             graph = torch.is_grad_enabled()
-        all_chunks = run_span if inner.rule.chunk_semantics == "span" else run_chunk
         given = (fast, work.pairs, work.coefficients, work.finished_NR, inner, queries_NRCD, graph)
-        return all_chunks(*given, triton=engine == "triton")
+        if inner.rule.chunk_semantics == "span":
+            return run_span(*given, engine)
+        return run_chunk(*given, triton=engine.fused)
     reads: list[Tensor] = []
     with writing():
         parts = _at_start(fast, work, inner) if inner.rule.chunk_semantics == "span" else None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from titans_ds.config import RuleConfig
 from titans_ds.memory.gates import GateValues, coefficients
+from titans_ds.memory.kernels import Engine
 from titans_ds.memory.kernels.chunk import run_chunk
 from titans_ds.memory.kernels.span import run_span
 from titans_ds.memory.network import Form
@@ -37,17 +38,19 @@ class Case:
     dtype: torch.dtype
     chunk: int
     dim: int
-    hidden: int
+    shapes: tuple[tuple[int, int], ...]  # of the matrices
     form: Form
     rule: str  # RuleConfig's repr: step sizes are a list, which no cache takes
+    fused: bool
 
 
-def passes(keys_NRCD: Tensor, fast: Fast, inner: Inner) -> bool:
+def passes(keys_NRCD: Tensor, fast: Fast, inner: Inner, fused: bool) -> bool:
     """Whether the Triton kernel for this call agrees with PyTorch; says so in the log where not."""
     chunk, dim = keys_NRCD.shape[2:]
     form = replace(inner.form, norm=None)
     _rules[repr(inner.rule)] = inner.rule
-    case = Case(keys_NRCD.device, keys_NRCD.dtype, chunk, dim, fast.weights[0].shape[1], form, repr(inner.rule))
+    shapes = tuple((w.shape[1], w.shape[2]) for w in fast.weights)
+    case = Case(keys_NRCD.device, keys_NRCD.dtype, chunk, dim, shapes, form, repr(inner.rule), fused)
     return _passes(case)
 
 
@@ -78,7 +81,7 @@ def _error(case: Case) -> float:
 
 
 def _run(case: Case, dtype: torch.dtype, triton: bool) -> list[Tensor]:
-    rule, generator = _rules[case.rule], torch.Generator().manual_seed(0)
+    rule, depth, generator = _rules[case.rule], len(case.shapes), torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, generator=generator)).to(case.device)
@@ -86,9 +89,8 @@ def _run(case: Case, dtype: torch.dtype, triton: bool) -> list[Tensor]:
     split = (_ROWS, _CHUNKS, case.chunk)
     # The same numbers at either precision.
     tokens = [normal(*split, case.dim, scale=case.dim**-0.5).to(case.dtype).to(dtype) for _ in range(3)]
-    shapes = ((case.hidden, case.dim), (case.dim, case.hidden))
-    states = [normal(_ROWS, *s, scale=s[1] ** -0.5) for s in shapes]
-    states += [normal(_ROWS, *s, scale=0.1 * s[1] ** -0.5) for s in shapes if rule.has_momentum]
+    states = [normal(_ROWS, *s, scale=s[1] ** -0.5) for s in case.shapes]
+    states += [normal(_ROWS, *s, scale=0.1 * s[1] ** -0.5) for s in case.shapes if rule.has_momentum]
     logits = {name: normal(*split) for name in rule.token_gates}
     leaves = [t.requires_grad_() for t in (*tokens, *states, *logits.values())]
     active = torch.ones(split, dtype=torch.bool, device=case.device)
@@ -96,10 +98,12 @@ def _run(case: Case, dtype: torch.dtype, triton: bool) -> list[Tensor]:
     finished = torch.ones(split[:2], dtype=torch.bool, device=case.device)
     finished[1, -1] = False
     c = coefficients(GateValues(active, **logits), rule, torch.float32)
-    inner = Inner(rule, case.form, torch.full((2,), 0.1, device=case.device), 1)
-    run = run_span if rule.chunk_semantics == "span" else run_chunk
-    fast = Fast(tuple(states[:2]), tuple(states[2:]))
-    reads, new = run(fast, Pairs(tokens[0], tokens[1]), c, finished, inner, tokens[2], True, triton=triton)
+    inner = Inner(rule, case.form, torch.full((depth,), 0.1, device=case.device), 1)
+    given = (Fast(tuple(states[:depth]), tuple(states[depth:])), Pairs(tokens[0], tokens[1]), c, finished, inner)
+    if rule.chunk_semantics == "span":
+        reads, new = run_span(*given, tokens[2], True, Engine(triton, triton and case.fused))
+    else:
+        reads, new = run_chunk(*given, tokens[2], True, triton=triton)
     outputs = [t for t in (reads, *new.weights, *new.momentum) if t is not None]
     # Random directions: a sum would hide errors that cancel.
     loss = torch.stack([(t.float() * normal(*t.shape)).sum() for t in outputs]).sum()
