@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.memory_layer_cases import Shape, layer
 from benchmarks.memory_layer_peers import titans_pytorch
 from titans_ds.memory import kernels
+from titans_ds.memory.kernels import heads
 from titans_ds.memory.optimizers import Fast
 
 _NO_KERNEL = frozenset(
@@ -128,9 +129,10 @@ def faking(engine: str | None, counter: Counter) -> Iterator[None]:
         narrow = max(keys.shape[3], fast.weights[0].shape[1]) <= kernels.MOST_WIDTH
         return None if engine == "loop" else kernels.Engine(engine == "triton", engine == "triton" and narrow)
 
-    modules = [f"titans_ds.memory.kernels.{name}_kernels" for name in ("chunk", "scan", "span")]
+    modules = [f"titans_ds.memory.kernels.{name}_kernels" for name in ("chunk", "head", "scan", "span")]
     patches = [mock.patch.object(nn.Module, "_apply", _convert)]
     if engine is not None:
+        patches.append(mock.patch.object(heads, "can", lambda *_: engine == "triton"))
         patches.append(mock.patch.object(kernels, "engine", chosen))
         patches.append(mock.patch.dict(sys.modules, {name: _Kernels(name, counter) for name in modules}))
     with contextlib.ExitStack() as stack:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_ds.config import FeatureConfig
+from titans_ds.memory.kernels import heads as fused
 from titans_ds.memory.positions import Positions, take
 
 NORM_EPS = 1e-6
@@ -59,10 +60,12 @@ def next_tail(tail_BKH: Tensor, hidden_BTH: Tensor, positions: Positions) -> Ten
 
 
 def split_heads(x_BTD: Tensor, heads: int) -> Tensor:
-    """[B, T, heads * d] -> [B * heads, T, d]."""
-    if heads == 1:
-        return x_BTD
-    return torch.unflatten(x_BTD, -1, (heads, -1)).transpose(1, 2).flatten(0, 1)
+    """[B, T, heads * d] (or [B, T, heads, d]) -> [B * heads, T, d]."""
+    if x_BTD.dim() == 3:
+        if heads == 1:
+            return x_BTD
+        x_BTD = torch.unflatten(x_BTD, -1, (heads, -1))
+    return x_BTD.transpose(1, 2).flatten(0, 1)
 
 
 def merge_heads(x_NTD: Tensor, heads: int) -> Tensor:
@@ -70,6 +73,15 @@ def merge_heads(x_NTD: Tensor, heads: int) -> Tensor:
     if heads == 1:
         return x_NTD
     return torch.unflatten(x_NTD, 0, (-1, heads)).transpose(1, 2).flatten(2)
+
+
+def by_head(x_BTD: Tensor, heads: int, config: FeatureConfig, norm: bool) -> Tensor:
+    """What a projection becomes: activation and, for keys and queries, L2 norm; [B, T, heads, d]."""
+    rule = (heads, config.activation == "silu", norm and config.normalize_keys)
+    if fused.can(x_BTD, *rule):
+        return fused.by_head(x_BTD, *rule)
+    x_BTD = activate(x_BTD, config)
+    return torch.unflatten(normalize(x_BTD, heads, config) if norm else x_BTD, -1, (heads, -1))
 
 
 def activate(x: Tensor, config: FeatureConfig) -> Tensor:

@@ -29,7 +29,7 @@ class Written:
     """What a call has to write, by position.
 
     Args:
-        keys, values: [B, T, D]; finite everywhere.
+        keys, values: [B, T, heads, d] (by slot [B, S, D] too); finite everywhere.
         logits: of the gates, [B, T, gates * heads]; no gates, no width.
         paired: true where there is a pair to store, [B, T]; a token shift's very first token has none.
     """
@@ -120,13 +120,13 @@ class MemoryParts(nn.Module):
             tail = self._normed(state["tail_hidden"].to(hidden.dtype))
             keys = self.key_convolution(keys, self.key_projection(tail[:, :reach]), positions)
             values = self.value_convolution(values, self.value_projection(tail[:, -reach:]), positions)
-        keys, values = (features.activate(x, self.config.features) for x in (keys, values))
-        keys = features.normalize(keys, self.config.heads, self.config.features)
+        keys = features.by_head(keys, self.config.heads, self.config.features, norm=True)
+        values = features.by_head(values, self.config.heads, self.config.features, norm=False)
         logits = self.gates(hidden) if self.config.rule.token_gates else keys.new_zeros(*keys.shape[:2], 0)
         return Written(keys, values, logits, paired_BT)
 
     def queries(self, hidden_BTH: Tensor, state: LayerState, positions: Positions, with_key: bool) -> Tensor:
-        """What each token asks, [B, T, D]; with the key projection where asked for."""
+        """What each token asks, [B, T, heads, d]; with the key projection where asked for."""
         tied = (
             with_key
             or self.config.query_projection == "tied"
@@ -138,8 +138,7 @@ class MemoryParts(nn.Module):
             reach = self.config.features.convolution_kernel - 1
             tail = project(self._normed(state["tail_hidden"][:, -reach:].to(hidden_BTH.dtype)))
             queries = self.query_convolution(queries, tail, positions)
-        queries = features.activate(queries, self.config.features)
-        return features.normalize(queries, self.config.heads, self.config.features)
+        return features.by_head(queries, self.config.heads, self.config.features, norm=True)
 
     def output(self, read_NTd: Tensor) -> Tensor:
         """P_o of what f_W returned, all heads together: [B, T, H]."""

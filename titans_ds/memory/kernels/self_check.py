@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -59,16 +60,21 @@ _rules: dict[str, RuleConfig] = {}
 
 @functools.cache
 def _passes(case: Case) -> bool:
+    return close(case, lambda: _error(case))
+
+
+def close(case: object, error: Callable[[], float]) -> bool:
+    """Whether a kernel's error is small; says so in the log where not, or where it does not run."""
     try:
         # In a thread of its own: a call may be inside torch.inference_mode, or inside activation checkpointing, which
         # counts what autograd saves, and does not meet the check again when it recomputes.
         with ThreadPoolExecutor(max_workers=1) as thread:
-            error = thread.submit(_error, case).result()
+            found = thread.submit(error).result()
     except Exception as problem:
         _log.warning("the Triton kernel for %s failed; PyTorch does it instead: %s", case, problem)
         return False
-    if not error < _TOLERANCE:
-        _log.warning("the Triton kernel for %s is off by %.1e; PyTorch does it instead", case, error)
+    if not found < _TOLERANCE:
+        _log.warning("the Triton kernel for %s is off by %.1e; PyTorch does it instead", case, found)
         return False
     return True
 
@@ -77,6 +83,11 @@ def _error(case: Case) -> float:
     """The worst relative error over reads, states and gradients."""
     with torch.cuda.device(case.device) if case.device.type == "cuda" else contextlib.nullcontext():
         found, exact = _run(case, case.dtype, triton=True), _run(case, torch.float32, triton=False)
+    return worst(found, exact)
+
+
+def worst(found: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest relative error."""
     return max(float((a - b).norm() / b.norm().clamp(min=1e-20)) for a, b in zip(found, exact, strict=True))
 
 
