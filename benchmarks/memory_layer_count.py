@@ -132,7 +132,7 @@ def faking(engine: str | None, counter: Counter) -> Iterator[None]:
     modules = [f"titans_ds.memory.kernels.{name}_kernels" for name in ("chunk", "head", "scan", "span")]
     patches = [mock.patch.object(nn.Module, "_apply", _convert)]
     if engine is not None:
-        patches.append(mock.patch.object(heads, "can", lambda *_: engine == "triton"))
+        patches.append(mock.patch.object(heads, "can", return_value=engine == "triton"))
         patches.append(mock.patch.object(kernels, "engine", chosen))
         patches.append(mock.patch.dict(sys.modules, {name: _Kernels(name, counter) for name in modules}))
     with contextlib.ExitStack() as stack:

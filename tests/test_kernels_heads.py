@@ -16,13 +16,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install triton)")
 
 
-def run(x: torch.Tensor, heads: int, config: FeatureConfig, norm: bool, kernel: str) -> list[torch.Tensor]:
-    """By head, and the gradient."""
-    x = x.clone().requires_grad_()
+def run(given: list[torch.Tensor], split: features.Split, kernel: str) -> list[torch.Tensor]:
+    """By head, and the gradients: of a projection (x), or of what it projects and its weight."""
+    given = [t.clone().requires_grad_() for t in given]
     with kernels.choice(kernel):
-        y = features.by_head(x, heads, config, norm)
-    (gradient,) = torch.autograd.grad((y * torch.linspace(0, 1, y.numel(), device=DEVICE).view_as(y)).sum(), x)
-    return [y.detach(), gradient]
+        y = split(*given) if len(given) == 1 else split.of_projection(*given)
+    gradients = torch.autograd.grad((y * torch.linspace(0, 1, y.numel(), device=DEVICE).view_as(y)).sum(), given)
+    return [y.detach(), *gradients]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -31,13 +31,16 @@ def test_random_shapes(seed) -> None:
     heads = rng.choice([1, 2, 3])
     config = FeatureConfig(activation=rng.choice(["silu", "none"]), normalize_keys=seed % 3 > 0)
     shape = (rng.choice([1, 3]), rng.choice([1, 5, 70]), heads * rng.choice([1, 16, 19, 200]))
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
     x[0, 0] = 0  # its norm is 0
-    got = run(x.float(), heads, config, seed % 2 > 0, "triton")
-    expected = run(x, heads, config, seed % 2 > 0, "torch")
-    assert got[0].shape == (*shape[:2], heads, shape[2] // heads)
-    for left, right in zip(got, expected, strict=True):
-        assert (left.double() - right).norm() <= 1e-5 * right.norm()
+    weight = torch.randn(2 * shape[2], shape[2], generator=generator, dtype=torch.float64).to(DEVICE)
+    split = features.Split(heads, config, seed % 2 > 0)
+    for given in ([x], [x, weight]):
+        got, expected = run([t.float() for t in given], split, "triton"), run(given, split, "torch")
+        assert got[0].shape == expected[0].shape
+        for left, right in zip(got, expected, strict=True):
+            assert (left.double() - right).norm() <= 1e-5 * right.norm()
 
 
 def test_a_wrong_kernel_is_found_out(monkeypatch, caplog) -> None:

@@ -114,14 +114,16 @@ class MemoryParts(nn.Module):
             source_BTH = source_BTH.masked_fill(~paired_BT.unsqueeze(-1), 0)
             hidden_BTH = hidden_BTH.masked_fill(~positions.mask_BT.unsqueeze(-1), 0)
         source, hidden = self._normed(source_BTH), self._normed(hidden_BTH)
-        keys, values = self.key_projection(source), self.value_projection(hidden)
-        if self.tail_length:
+        split_keys, split_values = self._split(norm=True), self._split(norm=False)
+        if not self.tail_length:
+            keys, values = self.key_projection(source, split_keys), self.value_projection(hidden, split_values)
+        else:
+            keys, values = self.key_projection(source), self.value_projection(hidden)
             reach = self.config.features.convolution_kernel - 1
             tail = self._normed(state["tail_hidden"].to(hidden.dtype))
             keys = self.key_convolution(keys, self.key_projection(tail[:, :reach]), positions)
             values = self.value_convolution(values, self.value_projection(tail[:, -reach:]), positions)
-        keys = features.by_head(keys, self.config.heads, self.config.features, norm=True)
-        values = features.by_head(values, self.config.heads, self.config.features, norm=False)
+            keys, values = split_keys(keys), split_values(values)
         logits = self.gates(hidden) if self.config.rule.token_gates else keys.new_zeros(*keys.shape[:2], 0)
         return Written(keys, values, logits, paired_BT)
 
@@ -133,12 +135,15 @@ class MemoryParts(nn.Module):
             or (self.config.tie_query_at_inference and not self.training)
         )
         project = self.key_projection if tied else self.query_projection
-        queries = project(self._normed(hidden_BTH))
-        if self.tail_length and self.config.features.convolve_queries:
-            reach = self.config.features.convolution_kernel - 1
-            tail = project(self._normed(state["tail_hidden"][:, -reach:].to(hidden_BTH.dtype)))
-            queries = self.query_convolution(queries, tail, positions)
-        return features.by_head(queries, self.config.heads, self.config.features, norm=True)
+        hidden_BTH, split = self._normed(hidden_BTH), self._split(norm=True)
+        if not (self.tail_length and self.config.features.convolve_queries):
+            return project(hidden_BTH, split)  # type: ignore[no-any-return]
+        reach = self.config.features.convolution_kernel - 1
+        tail = project(self._normed(state["tail_hidden"][:, -reach:].to(hidden_BTH.dtype)))
+        return split(self.query_convolution(project(hidden_BTH), tail, positions))
+
+    def _split(self, norm: bool) -> features.Split:
+        return features.Split(self.config.heads, self.config.features, norm)
 
     def output(self, read_NTd: Tensor) -> Tensor:
         """P_o of what f_W returned, all heads together: [B, T, H]."""

@@ -1,6 +1,8 @@
-"""From a projection to heads in one Triton kernel: activation, L2 norm, split. It keeps its input alone.
+"""From hidden states to heads: a projection, then activation, L2 norm and split in one Triton kernel.
 
-Legend of shape suffixes: B batch, T tokens, D = heads * d memory dim.
+It keeps the hidden states, which others keep too, and the weight: the projection is computed again in the backward.
+
+Legend of shape suffixes: B batch, T tokens, H model width, D = heads * d memory dim.
 """
 
 from __future__ import annotations
@@ -20,19 +22,29 @@ _EPS = 1e-12  # as in torch.nn.functional.normalize
 _TILE = 4096  # entries that a program has
 
 
-def by_head(x_BTD: Tensor, heads: int, silu: bool, norm: bool) -> Tensor:
-    """act(x), divided by its L2 norm (`norm`), by head: [B, T, heads, d], a head's tokens beside one another."""
-    return SplitHeads.apply(x_BTD, heads, silu, norm)  # type: ignore[no-any-return, no-untyped-call]
+def by_head(x_BTD: Tensor, heads: int, silu: bool, norm: bool, weight_DH: Tensor | None = None) -> Tensor:
+    """act(x), divided by its L2 norm (`norm`), by head: [B, T, heads, d], a head's tokens beside one another.
+
+    Args:
+        x_BTD: the projection; where there is a weight [D, H] what it projects, [B, T, H].
+        heads: of how many dimensions each, D / heads.
+        silu: the activation, or none.
+        norm: of length 1, head by head.
+        weight_DH: of the projection, in any dtype.
+    """
+    return SplitHeads.apply(x_BTD, weight_DH, (heads, silu, norm))  # type: ignore[no-any-return, no-untyped-call]
 
 
-def can(x_BTD: Tensor, heads: int, silu: bool, norm: bool) -> bool:
-    """Whether Triton does it here: chosen, or found right on this GPU."""
+def can(x_BTD: Tensor, heads: int, silu: bool, norm: bool, dim: int) -> bool:
+    """Whether Triton does it here, D = dim: chosen, or found right on this GPU."""
     name, dtypes = chosen(), (torch.bfloat16, torch.float16, torch.float32)
-    if name in ("loop", "torch") or x_BTD.dtype not in dtypes or torch.compiler.is_compiling() or x_BTD.numel() == 0:
+    if name in ("loop", "torch") or x_BTD.dtype not in dtypes or x_BTD.numel() == 0:
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x_BTD.device.type):
         return False
     if name == "triton":
         return x_BTD.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return x_BTD.is_cuda and agrees(Case(x_BTD.device, x_BTD.dtype, heads, x_BTD.shape[2], silu, norm))
+    return x_BTD.is_cuda and agrees(Case(x_BTD.device, x_BTD.dtype, heads, dim, silu, norm))
 
 
 @dataclass(frozen=True)
@@ -70,17 +82,19 @@ def _run(case: Case, triton: bool) -> list[Tensor]:
 
 
 class SplitHeads(torch.autograd.Function):
-    """(x [B, T, D], heads, silu, norm) -> [B, T, heads, d]."""
+    """(x [B, T, H], weight [D, H] or None, (heads, silu, norm)) -> [B, T, heads, d]."""
 
     @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, heads: int, silu: bool, norm: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, rule: tuple[int, bool, bool]) -> Tensor:
         from titans_ds.memory.kernels.head_kernels import heads_forward
 
-        x = x_BTD.contiguous()
-        (batch, tokens, dim), ctx.rule = x.shape, (heads, silu, norm)
-        ctx.save_for_backward(x)
-        y = x.new_empty(batch, heads, tokens, dim // heads)
-        _launch(heads_forward, x, (x, y), ctx.rule)
+        narrow = None if weight is None else weight.to(x.dtype)
+        ctx.rule, ctx.dtype = rule, None if weight is None else weight.dtype
+        ctx.save_for_backward(x, narrow)
+        x_BTD = _project(x, narrow)
+        (batch, tokens, dim), heads = x_BTD.shape, rule[0]
+        y = x_BTD.new_empty(batch, heads, tokens, dim // heads)
+        _launch(heads_forward, x_BTD, (x_BTD, y), rule)
         return y.transpose(1, 2)
 
     @staticmethod
@@ -88,10 +102,19 @@ class SplitHeads(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         from titans_ds.memory.kernels.head_kernels import heads_backward
 
-        (x,) = ctx.saved_tensors
-        d_x = torch.empty_like(x)
-        _launch(heads_backward, x, (x, d_y.transpose(1, 2).contiguous(), d_x), ctx.rule)
-        return d_x, None, None, None
+        x, narrow = ctx.saved_tensors
+        x_BTD = _project(x, narrow)
+        d_x = torch.empty_like(x_BTD)
+        _launch(heads_backward, x_BTD, (x_BTD, d_y.transpose(1, 2).contiguous(), d_x), ctx.rule)
+        if narrow is None:
+            return d_x, None, None
+        d_weight = d_x.flatten(0, 1).mT @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
+        d_hidden = d_x @ narrow if ctx.needs_input_grad[0] else None
+        return d_hidden, None if d_weight is None else d_weight.to(ctx.dtype), None
+
+
+def _project(x: Tensor, weight_DH: Tensor | None) -> Tensor:
+    return (x if weight_DH is None else F.linear(x, weight_DH)).contiguous()
 
 
 def _launch(kernel: Any, x_BTD: Tensor, tensors: tuple[Tensor, ...], rule: tuple[int, bool, bool]) -> None:

@@ -27,7 +27,7 @@ from titans_ds.memory.network import Weights
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
 
-_BLOCK_BYTES = 8 * 2**20  # of one matrix's states in a block; the backward has six such of two matrices
+_BLOCK_BYTES = 4 * 2**20  # of one matrix's states in a block; the backward has six such of two matrices
 _LEAST_CHUNKS = 16  # in a block, whatever they take: their products must fill the device
 
 
@@ -253,7 +253,7 @@ def _block_backward(
     scan, d_sums, d_start = _of(given, chunks, plan), [], []
     for d_w, d_last in zip(d_weights, d_end, strict=True):
         d_sum, d_factor, d_first = scan_backward(d_w, weights.pop(0), momenta.pop(0), d_last, scan)
-        d_factors[:, :, chunks] += d_factor
+        d_factors[:, :, chunks].add_(d_factor)
         d_sums.append(d_sum)
         d_start.append(d_first)
     return d_sums, d_start
