@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans_ds.memory.features import Split
+
 
 class Projection(nn.Module):
     """y = W x, computed in the dtype of x. Starts semi-orthogonal, the same on every machine for a given seed.
@@ -28,9 +30,9 @@ class Projection(nn.Module):
         else:
             self.register_buffer("weight", weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, split: Split | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features]; split into heads [B, T, heads, d] where asked for."""
+        return F.linear(x, self.weight.to(x.dtype)) if split is None else split.of_projection(x, self.weight)
 
     def transposed(self, y: Tensor) -> Tensor:
         """The adjoint map, [..., out_features] -> [..., in_features].
