@@ -392,3 +392,30 @@ def test_copies_capture_their_own() -> None:
         assert other.graphs.choice == "auto"
         assert other.graphs is not made.graphs
         assert not other.graphs._slots
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["second order", "first order"])
+def test_hooks_meet_the_gradients_that_they_meet_without_graphs(graph: bool) -> None:
+    """Those of an engine that shares gradients out: none for a parameter without one, nor for what comes before."""
+    made, met = titans(), []
+    for name, parameter in made.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: met.append((name, p.grad is None)))
+    before = torch.nn.Parameter(torch.zeros(2, 3, H, dtype=torch.float64))
+    before.register_post_accumulate_grad_hook(lambda p: met.append(("before", p.grad is None)))
+
+    def call() -> list[tuple[str, bool]]:
+        met.clear()
+        record = Record(tokens(3).detach())
+        made(tokens(3) + before, None, None, None, replace(WRITE, graph=graph, record=record))[0].sum().backward()
+        state = {n: t.detach() for n, t in made(tokens(3), None, None, None, Access(write=True))[1].items()}
+        replayed = made(record.hidden, state, None, None, replace(WRITE, replay=record))[0]
+        if replayed.requires_grad:
+            replayed.sum().backward()
+        made.zero_grad()
+        before.grad = None
+        return sorted(met)
+
+    expected = call()
+    graphed(made)
+    assert call() == expected
+    assert not any(missing for _, missing in expected)
