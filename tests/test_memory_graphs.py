@@ -10,15 +10,19 @@ import contextlib
 import copy
 import logging
 import pickle
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from tests.eager_capture import EagerCapture, graphed
 from tests.kernel_memories import CASES, H, memory, run
 from titans_ds.errors import ConfigError
-from titans_ds.memory import Access, NeuralMemory
+from titans_ds.memory import Access, NeuralMemory, Record
 from titans_ds.memory.graphed import MemoryGraphs
 from titans_ds.memory.kernels.graphs import _MOST, _MOST_MOVES
 
@@ -83,6 +87,43 @@ def test_what_stays_with_the_loop_is_replayed_too(name: str) -> None:
     capture = graphed(made)
     same(run(made, tokens(), MASK, "auto", True), expected)
     assert capture.replays == 4
+
+
+class _NoHost(TorchDispatchMode):
+    """Refuses tensors of the host. (What asks for a value, or for a shape by values, fails on the device `meta`.)"""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        assert all(t.device.type == "meta" for t in tensors), f"{func} on a tensor of the host"
+        return out
+
+
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "fixed step sizes"])
+@pytest.mark.parametrize(
+    ("name", "semantics"), [*((n, s) for n in CASES for s in ("span", "chunk")), *((n, _LOOPS[n][2]) for n in _LOOPS)]
+)
+def test_a_call_never_waits_for_the_device(name: str, semantics: str, learned: bool) -> None:
+    """Forward and backward, in every kind of call: nothing else can be captured."""
+    rule, settings = CASES[name] if name in CASES else _LOOPS[name][:2]
+    own = {} if learned else {"learn_step_size": False}
+    steps = {} if learned else {"step_sizes": [0.1 + level for level in range(settings.get("depth", 2))]}
+    made = memory(rule | steps, settings | own, 4, 2, 5, semantics).to("meta")
+    h = tokens().to("meta").requires_grad_()
+    mask, reset = MASK.to("meta"), MASK[:, 0].to("meta")
+    with _NoHost():
+        first = Access(write=True, graph=True, stats=True)
+        read, state, _ = made.compute(h, None, None, None, first, None)
+        for access in (first, Access(write=True), replace(first, through_base=True)):
+            given = {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in state.items()}
+            read, state, _ = made.compute(h, given, mask, reset, access, None)
+            leaves = [h, *given.values(), *made.parameters()]
+            outputs = [t for t in (read, *state.values()) if t.requires_grad]
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs], allow_unused=True)
+        record = Record(h.detach())
+        made.compute(h, given, mask, reset, replace(first, record=record), None)[0].sum().backward()
+        assert record.read_gradient is not None
+        made.compute(record.hidden, given, mask, reset, replace(first, replay=record), None)[0].sum().backward()
 
 
 def test_a_whole_segment_resets_and_stats() -> None:
@@ -351,3 +392,30 @@ def test_copies_capture_their_own() -> None:
         assert other.graphs.choice == "auto"
         assert other.graphs is not made.graphs
         assert not other.graphs._slots
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["second order", "first order"])
+def test_hooks_meet_the_gradients_that_they_meet_without_graphs(graph: bool) -> None:
+    """Those of an engine that shares gradients out: none for a parameter without one, nor for what comes before."""
+    made, met = titans(), []
+    for name, parameter in made.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: met.append((name, p.grad is None)))
+    before = torch.nn.Parameter(torch.zeros(2, 3, H, dtype=torch.float64))
+    before.register_post_accumulate_grad_hook(lambda p: met.append(("before", p.grad is None)))
+
+    def call() -> list[tuple[str, bool]]:
+        met.clear()
+        record = Record(tokens(3).detach())
+        made(tokens(3) + before, None, None, None, replace(WRITE, graph=graph, record=record))[0].sum().backward()
+        state = {n: t.detach() for n, t in made(tokens(3), None, None, None, Access(write=True))[1].items()}
+        replayed = made(record.hidden, state, None, None, replace(WRITE, replay=record))[0]
+        if replayed.requires_grad:
+            replayed.sum().backward()
+        made.zero_grad()
+        before.grad = None
+        return sorted(met)
+
+    expected = call()
+    graphed(made)
+    assert call() == expected
+    assert not any(missing for _, missing in expected)

@@ -89,6 +89,7 @@ class Captured:
         self.places = places(held.values())
         self._given = _Slots(where, "given", list(given.values()))
         self._given.fill([t.detach() for t in given.values()])
+        self.connected: set[str] = set()  # of inputs and parameters: those that get a gradient
         static = dict(zip(given, self._given.buffers, strict=True))
         fixed = {n: t.detach() for n, t in held.items()}
         self._learn(function, static, fixed)
@@ -119,7 +120,7 @@ class Captured:
 
         def backward() -> None:
             found = self._differentiate(function, static, fixed, self._d_outputs.buffers)
-            self._connected = [t is not None for t in found]
+            self.connected = {n for n, t in zip(self._asked, found, strict=False) if t is not None}
             self._gradients.fill(found)
 
         with torch.no_grad():
@@ -151,15 +152,18 @@ class Captured:
                 self._d_outputs.fill(d_outputs)
                 self._backward()
                 copies = self._gradients.copies()
-            found = [t if there else None for t, there in zip(copies, self._connected, strict=True)]
+            found: list[Tensor | None] = list(copies)
         else:
             known = [
                 torch.zeros_like(b) if d is None else d for b, d in zip(self._d_outputs.buffers, d_outputs, strict=True)
             ]
             found = self._differentiate(function, given, held, known)
-        asked = [n for n in (*self._names, *self._held) if n in self._needs]
-        by_name = dict(zip(asked, found, strict=False))
-        return [by_name.get(n) for n in (*self._names, *self._held)], found[len(asked) :]
+        by_name = {n: t for n, t in zip(self._asked, found, strict=False) if n in self.connected}
+        return [by_name.get(n) for n in (*self._names, *self._held)], found[len(self._asked) :]
+
+    @property
+    def _asked(self) -> list[str]:
+        return [n for n in (*self._names, *self._held) if n in self._needs]
 
     def _differentiate(
         self, function: Function, given: Tensors, held: Tensors, d_outputs: Sequence[Tensor]
@@ -257,7 +261,8 @@ class Graphs:
         captured = self._find((key, needs, shapes), function, given, held, needs, where)
         if captured is None:
             return None
-        flat = (*given.values(), *held.values())
+        # What gets no gradient must not look as if it did: an engine's hooks would wait for it, or meet none.
+        flat = [t if n in captured.connected else t.detach() for n, t in (given | held).items()]
         if captured.differentiable:
             outputs = _Replayed.apply(_Call(captured, function, hear), *flat)  # type: ignore[no-untyped-call]
         else:
