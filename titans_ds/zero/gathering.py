@@ -1,0 +1,43 @@
+"""What ZeRO-3 gathers at once: whole frozen layers instead of every linear map by itself.
+
+DeepSpeed hooks every module that holds parameters, and waits on the host before and after each; with a frozen base that
+takes longer than the layers themselves. A module marked as a leaf is gathered whole when it is entered, by one hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from titans_ds.memory.parts import MemoryParts
+
+
+def mark_whole(module: nn.Module) -> list[nn.Module]:
+    """Mark the leaves, before deepspeed.initialize; returns them.
+
+    A leaf is a layer of a model in which nothing is trained and no memory sits, or a part of one of the other layers.
+    A memory is never inside: its writes call it from outside of its layer, too, where only its own hooks gather it.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    leaves = list(_leaves(module))
+    for leaf in leaves:
+        set_z3_leaf_module(leaf, True)
+    return leaves
+
+
+def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            for layer in child:
+                yield from [layer] if _plain(layer) else filter(_plain, layer.children())
+        else:
+            yield from _leaves(child)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Several modules in one, nothing of which is trained, and no memory."""
+    trained = any(p.requires_grad for p in module.parameters())
+    inner = list(module.modules())
+    return len(inner) > 1 and not trained and not any(isinstance(m, MemoryParts) for m in inner)
