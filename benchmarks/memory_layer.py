@@ -240,7 +240,8 @@ class Runner:
         self.process = context.Process(target=worker, args=arguments, daemon=True)
         self.process.start()
         there.close()
-        self.machine = self.machine or self.channel.recv()
+        machine = self.channel.recv()  # said by every process: left unread, it would pass for the next row
+        self.machine = self.machine or machine
 
     def _stop(self, error: str) -> dict[str, Any]:
         self.process.kill()

@@ -4,7 +4,7 @@
     python -m benchmarks.memory_layer_count --tiny     # a small size
 
 A launch is an operator that is not a view. Operations are those of the matrix products. Peak memory is the bytes of all
-tensors alive at once in forward + backward, parameters, input and gradients included. The Triton kernels count as one
+tensors alive at once in forward + backward, parameters, input and gradients included. A Triton kernel counts as one
 launch and no operations.
 """
 
@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -27,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.memory_layer_cases import Shape, layer
 from benchmarks.memory_layer_peers import titans_pytorch
 from titans_ds.memory import kernels
-from titans_ds.memory.kernels import chunk, launch
+from titans_ds.memory.kernels import heads
+from titans_ds.memory.optimizers import Fast
 
 _NO_KERNEL = frozenset(
     (
@@ -90,21 +93,21 @@ class Counter(TorchDispatchMode):
         self.live -= self._sizes.pop(key)
 
 
-def _fake_forward(given: dict[str, Tensor], *_: object) -> list[list[Tensor]]:
-    keys, hidden, separate = given["keys"], given["w0"].shape[1], "to_momentum" in given
-    launch._span_tensors(given)
-    shapes = ((hidden, keys.shape[3]), (keys.shape[3], hidden))
-    return [[keys.new_empty(*keys.shape[:2], *shape) for _ in range(1 + separate)] for shape in shapes]
+class _Kernels(ModuleType):
+    """A module of Triton kernels, of which a launch is counted and does nothing."""
 
+    def __init__(self, name: str, counter: Counter) -> None:
+        super().__init__(name)
+        self._counter = counter
 
-def _fake_backward(
-    given: dict[str, Tensor], _form: object, _norm: object, d_sums: list[list[Tensor]]
-) -> dict[str, Tensor]:
-    tensors = launch._span_tensors(given)
-    kept = [[d.contiguous() for d in level] for level in d_sums]
-    found = dict(zip(launch._ORDER, [torch.zeros_like(t) for t in tensors[:5]], strict=True))
-    found |= {f"w{i}": level[0].sum(dim=1, dtype=torch.float32) for i, level in enumerate(kept)}
-    return {name: t for name, t in found.items() if name in given}
+    def __getattr__(self, name: str) -> _Kernels:
+        return self
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*_: object, **__: object) -> None:
+            self._counter.launches += 1
+
+        return launch
 
 
 def _convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -118,22 +121,20 @@ def _convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: b
 
 
 @contextlib.contextmanager
-def faking(engine: str | None) -> Iterator[None]:
-    """Fake tensors, and Triton's launches replaced by what they allocate."""
+def faking(engine: str | None, counter: Counter) -> Iterator[None]:
+    """Fake tensors, and Triton kernels that count."""
 
-    # Functions, no mocks: those keep what they are called with, and so its memory.
-    def chosen(*_: object) -> str | None:
-        return None if engine == "loop" else engine
+    # A function, no mock: that keeps what it is called with, and so its memory.
+    def chosen(fast: Fast, _: object, keys: Tensor) -> kernels.Engine | None:
+        narrow = max(keys.shape[3], fast.weights[0].shape[1]) <= kernels.MOST_WIDTH
+        return None if engine == "loop" else kernels.Engine(engine == "triton", engine == "triton" and narrow)
 
-    def nothing(*_: object) -> None:
-        return None
-
+    modules = [f"titans_ds.memory.kernels.{name}_kernels" for name in ("chunk", "head", "scan", "span")]
     patches = [mock.patch.object(nn.Module, "_apply", _convert)]
     if engine is not None:
+        patches.append(mock.patch.object(heads, "can", return_value=engine == "triton"))
         patches.append(mock.patch.object(kernels, "engine", chosen))
-        patches += [mock.patch.object(launch, "span_forward", _fake_forward)]
-        patches += [mock.patch.object(launch, "span_backward", _fake_backward)]
-        patches += [mock.patch.object(chunk, name, nothing) for name in ("_launch_forward", "_launch_backward")]
+        patches.append(mock.patch.dict(sys.modules, {name: _Kernels(name, counter) for name in modules}))
     with contextlib.ExitStack() as stack:
         for patch in (*patches, FakeTensorMode(allow_non_fake_inputs=True)):
             stack.enter_context(patch)
@@ -144,7 +145,7 @@ def count(make: Callable[[torch.device], Any], engine: str | None) -> Counter:
     """Forward + backward of what `make` builds."""
     gc.collect()
     counter = Counter()
-    with faking(engine), counter:
+    with faking(engine, counter), counter:
         step = make(torch.device("cpu"))
         counter.launches = counter.operations = 0
         step(True)
@@ -165,7 +166,7 @@ def main() -> None:
             (f"{semantics}, {engine}", layer(shape, "auto", semantics), engine)
             for semantics in ("span", "chunk")
             for engine in ("triton", "torch", "loop")
-            if engine != "triton" or shape.head_dim <= kernels.MOST_WIDTH
+            if engine != "triton" or semantics == "span" or shape.head_dim <= kernels.MOST_WIDTH
         ]
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             rows.append((f"titans-pytorch {name}", titans_pytorch(shape, dtype, False), None))

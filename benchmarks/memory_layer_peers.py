@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def lact(path: Path, shape: Shape, hidden: int, use_muon: bool) -> Callable[[tor
         if spec is None or spec.loader is None:
             raise FileNotFoundError(f"{path} is not a Python file; expected LaCT's ttt_operation.py")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # torch.compile, which it uses, looks there
         spec.loader.exec_module(module)
         rows, d = shape.batch * shape.heads, shape.head_dim
         q, k, v = (leaf(rows, shape.tokens, d, device=device, scale=d**-0.5) for _ in range(3))

@@ -53,7 +53,7 @@ def run(made: NeuralMemory, h: torch.Tensor, mask: torch.Tensor | None, kernel: 
         first, state, _ = made(h, None, mask, None, access)
         second, state, _ = made(h * 0.7, state, None, None, access)
         final = [state[name] for name in sorted(state) if name[0] in "ws"]
-        loss = first.square().sum() + (second * torch.linspace(0, 1, H, dtype=h.dtype)).sum()
+        loss = first.square().sum() + (second * torch.linspace(0, 1, H, dtype=h.dtype, device=h.device)).sum()
         if graph:
             loss = loss + sum(t.square().sum() for t in final)
         loss.backward()

@@ -19,7 +19,8 @@ def test_equals_chunk_after_chunk(case, graph, monkeypatch) -> None:
     for seed in range(3):
         chunk_size, heads, tokens, batch = rng.choice([1, 3, 4]), rng.choice([1, 2]), rng.randint(1, 23), 3
         made = memory(rule, settings, chunk_size, heads, seed)
-        monkeypatch.setattr(span, "_MOST_CHUNKS", rng.choice([1, 2, 64]))
+        monkeypatch.setattr(span, "_BLOCK_BYTES", 1)
+        monkeypatch.setattr(span, "_LEAST_CHUNKS", rng.choice([1, 2, 64]))
         h = torch.randn(batch, tokens, H, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)) < 0.8
         mask[0] = False  # a sample that writes nothing

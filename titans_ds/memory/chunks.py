@@ -88,7 +88,13 @@ class Stream:
         return ends <= self.total_B.unsqueeze(1)
 
     def lay_out(self, pending: Tensor | None, new_BTD: Tensor) -> Tensor:
-        """Carried tokens (zeros where None) and new ones by slot, [B, S, D]; zeros where there is none."""
+        """Carried tokens (zeros where None) and new ones by slot, [B, S, D]; zeros where there is none.
+
+        New ones by head, [B, T, heads, d], stay so where slot and position are the same and no slot is empty.
+        """
+        if self.aligned and self.num_tokens % self.chunk_size == 0:
+            return new_BTD
+        new_BTD = new_BTD.flatten(2)
         if self.aligned:
             return _padded(new_BTD, self.num_reads * self.chunk_size)
         if pending is None:
@@ -104,7 +110,7 @@ class Stream:
         """The unfinished chunk's tokens after this call, [B, C - 1, D], zeros where there is none."""
         if self.aligned:
             start = self.num_tokens // self.chunk_size * self.chunk_size
-            return _padded(laid_BSD[:, start : self.num_tokens], self.chunk_size - 1)
+            return _padded(laid_BSD[:, start : self.num_tokens].flatten(2), self.chunk_size - 1)
         start_B = self.total_B // self.chunk_size * self.chunk_size
         index = start_B.unsqueeze(1) + torch.arange(self.chunk_size - 1, device=start_B.device)
         kept = take(laid_BSD, index.clamp(max=laid_BSD.shape[1] - 1))
@@ -175,9 +181,10 @@ def run(
     if engine is not None:
         with writing():
             graph = torch.is_grad_enabled()
-        all_chunks = run_span if inner.rule.chunk_semantics == "span" else run_chunk
         given = (fast, work.pairs, work.coefficients, work.finished_NR, inner, queries_NRCD, graph)
-        return all_chunks(*given, triton=engine == "triton")
+        if inner.rule.chunk_semantics == "span":
+            return run_span(*given, engine)
+        return run_chunk(*given, triton=engine.fused)
     reads: list[Tensor] = []
     with writing():
         parts = _at_start(fast, work, inner) if inner.rule.chunk_semantics == "span" else None

@@ -5,11 +5,14 @@ Legend of shape suffixes: B batch, T tokens, D memory dim, K convolution kernel.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_ds.config import FeatureConfig
+from titans_ds.memory.kernels import heads as fused
 from titans_ds.memory.positions import Positions, take
 
 NORM_EPS = 1e-6
@@ -59,10 +62,12 @@ def next_tail(tail_BKH: Tensor, hidden_BTH: Tensor, positions: Positions) -> Ten
 
 
 def split_heads(x_BTD: Tensor, heads: int) -> Tensor:
-    """[B, T, heads * d] -> [B * heads, T, d]."""
-    if heads == 1:
-        return x_BTD
-    return torch.unflatten(x_BTD, -1, (heads, -1)).transpose(1, 2).flatten(0, 1)
+    """[B, T, heads * d] (or [B, T, heads, d]) -> [B * heads, T, d]."""
+    if x_BTD.dim() == 3:
+        if heads == 1:
+            return x_BTD
+        x_BTD = torch.unflatten(x_BTD, -1, (heads, -1))
+    return x_BTD.transpose(1, 2).flatten(0, 1)
 
 
 def merge_heads(x_NTD: Tensor, heads: int) -> Tensor:
@@ -70,6 +75,42 @@ def merge_heads(x_NTD: Tensor, heads: int) -> Tensor:
     if heads == 1:
         return x_NTD
     return torch.unflatten(x_NTD, 0, (-1, heads)).transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a projection becomes: activation and, for keys and queries, L2 norm; by head.
+
+    Args:
+        heads: number of heads.
+        config: which activation, and whether there is a norm at all.
+        norm: of keys and queries.
+    """
+
+    heads: int
+    config: FeatureConfig
+    norm: bool
+
+    def __call__(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, heads * d] -> [B, T, heads, d]."""
+        if self._fused(x_BTD, x_BTD.shape[-1]):
+            return fused.by_head(x_BTD, *self._rule)
+        x_BTD = activate(x_BTD, self.config)
+        x_BTD = normalize(x_BTD, self.heads, self.config) if self.norm else x_BTD
+        return torch.unflatten(x_BTD, -1, (self.heads, -1))
+
+    def of_projection(self, x_BTH: Tensor, weight_DH: Tensor) -> Tensor:
+        """Of W x: [B, T, H] -> [B, T, heads, d]."""
+        if self._fused(x_BTH, weight_DH.shape[0]):
+            return fused.by_head(x_BTH, *self._rule, weight_DH)
+        return self(F.linear(x_BTH, weight_DH.to(x_BTH.dtype)))
+
+    @property
+    def _rule(self) -> tuple[int, bool, bool]:
+        return self.heads, self.config.activation == "silu", self.norm and self.config.normalize_keys
+
+    def _fused(self, x: Tensor, dim: int) -> bool:
+        return fused.can(x, *self._rule, dim)
 
 
 def activate(x: Tensor, config: FeatureConfig) -> Tensor:

@@ -212,6 +212,8 @@ class NeuralMemory(MemoryParts):
         new, stats = pack(fast, self.config) | pending, self._stats(fast, work, call)
         if reads is None:
             return self._read(queries_BTD, call), new, stats
+        if stream.aligned:
+            return reads.flatten(1, 2)[:, : stream.num_tokens], new, stats
         read_BTD = stream.gather(features.merge_heads(reads.flatten(1, 2), heads))
         read_NTd = features.split_heads(read_BTD, heads)
         if not call.positions.all_written:
@@ -220,7 +222,7 @@ class NeuralMemory(MemoryParts):
         return read_NTd, new, stats
 
     def _chunked(self, x_BSD: Tensor, num_chunks: int) -> Tensor:
-        """[B, S, heads * d] -> [N, R, C, d]."""
+        """[B, S, heads * d] (or [B, S, heads, d]) -> [N, R, C, d]."""
         return torch.unflatten(features.split_heads(x_BSD, self.config.heads), 1, (num_chunks, -1))
 
     def _work(self, laid: Written, finished_BR: Tensor, counts: tuple[int, int], call: _Call) -> Work:

@@ -29,7 +29,7 @@ class Written:
     """What a call has to write, by position.
 
     Args:
-        keys, values: [B, T, D]; finite everywhere.
+        keys, values: [B, T, heads, d] (by slot [B, S, D] too); finite everywhere.
         logits: of the gates, [B, T, gates * heads]; no gates, no width.
         paired: true where there is a pair to store, [B, T]; a token shift's very first token has none.
     """
@@ -114,32 +114,36 @@ class MemoryParts(nn.Module):
             source_BTH = source_BTH.masked_fill(~paired_BT.unsqueeze(-1), 0)
             hidden_BTH = hidden_BTH.masked_fill(~positions.mask_BT.unsqueeze(-1), 0)
         source, hidden = self._normed(source_BTH), self._normed(hidden_BTH)
-        keys, values = self.key_projection(source), self.value_projection(hidden)
-        if self.tail_length:
+        split_keys, split_values = self._split(norm=True), self._split(norm=False)
+        if not self.tail_length:
+            keys, values = self.key_projection(source, split_keys), self.value_projection(hidden, split_values)
+        else:
+            keys, values = self.key_projection(source), self.value_projection(hidden)
             reach = self.config.features.convolution_kernel - 1
             tail = self._normed(state["tail_hidden"].to(hidden.dtype))
             keys = self.key_convolution(keys, self.key_projection(tail[:, :reach]), positions)
             values = self.value_convolution(values, self.value_projection(tail[:, -reach:]), positions)
-        keys, values = (features.activate(x, self.config.features) for x in (keys, values))
-        keys = features.normalize(keys, self.config.heads, self.config.features)
+            keys, values = split_keys(keys), split_values(values)
         logits = self.gates(hidden) if self.config.rule.token_gates else keys.new_zeros(*keys.shape[:2], 0)
         return Written(keys, values, logits, paired_BT)
 
     def queries(self, hidden_BTH: Tensor, state: LayerState, positions: Positions, with_key: bool) -> Tensor:
-        """What each token asks, [B, T, D]; with the key projection where asked for."""
+        """What each token asks, [B, T, heads, d]; with the key projection where asked for."""
         tied = (
             with_key
             or self.config.query_projection == "tied"
             or (self.config.tie_query_at_inference and not self.training)
         )
         project = self.key_projection if tied else self.query_projection
-        queries = project(self._normed(hidden_BTH))
-        if self.tail_length and self.config.features.convolve_queries:
-            reach = self.config.features.convolution_kernel - 1
-            tail = project(self._normed(state["tail_hidden"][:, -reach:].to(hidden_BTH.dtype)))
-            queries = self.query_convolution(queries, tail, positions)
-        queries = features.activate(queries, self.config.features)
-        return features.normalize(queries, self.config.heads, self.config.features)
+        hidden_BTH, split = self._normed(hidden_BTH), self._split(norm=True)
+        if not (self.tail_length and self.config.features.convolve_queries):
+            return project(hidden_BTH, split)  # type: ignore[no-any-return]
+        reach = self.config.features.convolution_kernel - 1
+        tail = project(self._normed(state["tail_hidden"][:, -reach:].to(hidden_BTH.dtype)))
+        return split(self.query_convolution(project(hidden_BTH), tail, positions))
+
+    def _split(self, norm: bool) -> features.Split:
+        return features.Split(self.config.heads, self.config.features, norm)
 
     def output(self, read_NTd: Tensor) -> Tensor:
         """P_o of what f_W returned, all heads together: [B, T, H]."""

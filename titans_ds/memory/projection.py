@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans_ds.memory.features import Split
+
 
 class Projection(nn.Module):
     """y = W x, computed in the dtype of x. Starts semi-orthogonal, the same on every machine for a given seed.
@@ -28,9 +30,9 @@ class Projection(nn.Module):
         else:
             self.register_buffer("weight", weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, split: Split | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features]; split into heads [B, T, heads, d] where asked for."""
+        return F.linear(x, self.weight.to(x.dtype)) if split is None else split.of_projection(x, self.weight)
 
     def transposed(self, y: Tensor) -> Tensor:
         """The adjoint map, [..., out_features] -> [..., in_features].
@@ -41,7 +43,15 @@ class Projection(nn.Module):
 
 
 def semi_orthogonal(rows: int, columns: int, seed: int) -> Tensor:
-    """[rows, columns] fp32 with orthonormal rows (columns, where there are fewer), drawn on the CPU."""
-    weight = torch.empty(rows, columns)
-    nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(seed))
-    return weight
+    """[rows, columns] fp32 with orthonormal rows (columns, where there are fewer), drawn on the CPU.
+
+    The matrix of `nn.init.orthogonal_`, up to rounding: the QR decomposition whose R has a positive diagonal is unique,
+    and R is the Cholesky factor of the Gram matrix: products, on all cores, in place of reflections. In fp64,
+    and nearly square matrices twice (CholeskyQR2, Yamamoto et al. 2015).
+    """
+    drawn = torch.empty(rows, columns).normal_(generator=torch.Generator().manual_seed(seed)).double()
+    tall = drawn.mT if rows < columns else drawn
+    for _ in range(1 if tall.shape[0] >= 2 * tall.shape[1] else 2):
+        upper = torch.linalg.cholesky(tall.mT @ tall, upper=True)
+        tall = torch.linalg.solve_triangular(upper, tall, upper=True, left=False)
+    return (tall.mT if rows < columns else tall).float().contiguous()

@@ -14,7 +14,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,31 +51,46 @@ def choice(name: str) -> Iterator[None]:
         _override.pop()
 
 
-def engine(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> Literal["triton", "torch"] | None:
-    """What does this call, other than the loop: `kernels.chunk` or `kernels.span`, with Triton or in PyTorch alone.
+@dataclass(frozen=True)
+class Engine:
+    """What does a call, other than the loop.
+
+    Args:
+        triton: some of it are Triton kernels.
+        fused: all products of a chunk are in Triton kernels; never so without `triton`.
+    """
+
+    triton: bool
+    fused: bool
+
+
+def engine(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> Engine | None:
+    """What does this call; None is the loop.
 
     Raises:
         ConfigError: `triton` is chosen, and cannot do it.
     """
-    name = chosen()
+    name, span = chosen(), inner.rule.chunk_semantics == "span"
     if name == "loop" or inner.rule.chunk_semantics == "delta":
         return None
     two = len(fast.weights) == 2 and inner.form.norm is None
-    reason = None if _linear(inner) and two else "it does one step of sgd or momentum on two matrices, no residual_norm"
-    reason = reason or _obstacle(fast, keys_NRCD)
+    wide = _wide(fast, keys_NRCD) or (None if two else "it does two matrices, no residual_norm")
+    reason = None if _linear(inner) else "it does one step of sgd or momentum"
+    reason = reason or (None if span else wide) or _obstacle(keys_NRCD, span)
     if name == "triton" and reason is not None:
         raise ConfigError(f"TITANS_DS_KERNEL is 'triton', but {reason}. Set it to 'auto'")
-    if reason is None and (name == "triton" or (name == "auto" and _agrees(keys_NRCD, fast, inner))):
-        return "triton"
-    if inner.rule.chunk_semantics == "chunk" and not (two and (name == "torch" or keys_NRCD.shape[1] > 1)):
+    fused = wide is None and (name == "triton" or keys_NRCD.dtype != torch.float32)
+    if reason is None and (name == "triton" or (name == "auto" and _agrees(keys_NRCD, fast, inner, fused))):
+        return Engine(triton=True, fused=fused)
+    if not span and not (two and (name == "torch" or keys_NRCD.shape[1] > 1)):
         return None
-    return "torch" if _linear(inner) else None
+    return Engine(triton=False, fused=False) if _linear(inner) else None
 
 
-def _agrees(keys_NRCD: Tensor, fast: Fast, inner: Inner) -> bool:
+def _agrees(keys_NRCD: Tensor, fast: Fast, inner: Inner, fused: bool) -> bool:
     from titans_ds.memory.kernels import self_check  # which imports what imports this package
 
-    return self_check.passes(keys_NRCD, fast, inner)
+    return self_check.passes(keys_NRCD, fast, inner, fused)
 
 
 def _linear(inner: Inner) -> bool:
@@ -84,17 +99,21 @@ def _linear(inner: Inner) -> bool:
     return exact and inner.derived and inner.inner_steps == 1 and inner.rule.optimizer in ("sgd", "momentum")
 
 
-def _obstacle(fast: Fast, keys_NRCD: Tensor) -> str | None:
-    """Why Triton cannot do it, or is not worth it."""
-    num_chunks, chunk, dim = keys_NRCD.shape[1:]
+def _wide(fast: Fast, keys_NRCD: Tensor) -> str | None:
+    """Why a program cannot hold a chunk and its weights."""
+    if max(keys_NRCD.shape[3], fast.weights[0].shape[1]) > MOST_WIDTH or keys_NRCD.shape[2] > MOST_CHUNK:
+        return f"it does heads of up to {MOST_WIDTH} and chunks of up to {MOST_CHUNK} tokens"
+    return None
+
+
+def _obstacle(keys_NRCD: Tensor, span: bool) -> str | None:
+    """Why Triton cannot do it here, or is not worth it."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if max(dim, fast.weights[0].shape[1]) > MOST_WIDTH or chunk > MOST_CHUNK:
-        return f"it does heads of up to {MOST_WIDTH} and chunks of up to {MOST_CHUNK} tokens"
     if keys_NRCD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it does bf16, fp16 and fp32, not {keys_NRCD.dtype}"
     if not keys_NRCD.is_cuda and (chosen() == "auto" or os.environ.get("TRITON_INTERPRET") != "1"):
         return f"the tensors are on {keys_NRCD.device.type}, not on a GPU"
-    if chosen() == "auto" and (keys_NRCD.dtype == torch.float32 or num_chunks == 1):
+    if chosen() == "auto" and (keys_NRCD.shape[1] == 1 or (keys_NRCD.dtype == torch.float32 and not span)):
         return "one chunk, or fp32, is faster in PyTorch"
     return None

@@ -21,8 +21,8 @@ from titans_ds.memory import network
 from titans_ds.memory.gates import Coefficients
 from titans_ds.memory.kernels import chunk_torch
 from titans_ds.memory.kernels.chunk_torch import Inputs
+from titans_ds.memory.kernels.factors import factors
 from titans_ds.memory.kernels.launch import WARPS, numbers, options
-from titans_ds.memory.kernels.transfer import factors
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
@@ -115,18 +115,11 @@ def _read(states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form) -> Tenso
 def _write(
     fast: Fast, pairs: Pairs, c: Coefficients, finished_NR: Tensor, inner: Inner, graph: bool, triton: bool
 ) -> tuple[tuple[Tensor, ...], Fast]:
-    f = factors(c, finished_NR, inner.rule.has_momentum)
-    ones = torch.ones_like(c.surprise[..., 0])
-    sizes = -inner.step_sizes.view(-1, 1, 1, 1)
-    mask = finished_NR.unsqueeze(-1)
-    to_weights = c.surprise if c.to_weights is None else c.to_weights
-    a = sizes * (to_weights * mask)
-    b = a if c.to_momentum is None else sizes * (c.to_momentum * mask)
+    f = factors(c, finished_NR, inner)
     norm = inner.rule.max_gradient_norm
     plan = Plan(inner.form, norm, inner.rule.has_momentum, c.to_momentum is not None, graph, triton)
-    scalars = [ones if t is None else t for t in (f.keep, f.momentum_keep, f.carry)]
     out = ChunkWrites.apply(  # type: ignore[no-untyped-call]
-        plan, pairs.keys, pairs.values, a, b, c.surprise * mask, *scalars, *fast.weights, *fast.momentum
+        plan, pairs.keys, pairs.values, *vars(f).values(), *fast.weights, *fast.momentum
     )
     return out[:2], Fast(out[2:4], out[4:])
 

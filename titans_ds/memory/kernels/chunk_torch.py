@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_ds.memory.kernels.attention import scaled, wide_product
+from titans_ds.memory.kernels.products import scaled, wide_product
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import NORM_EPS
 

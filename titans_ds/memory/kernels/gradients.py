@@ -1,6 +1,7 @@
-"""The weighted gradients of all chunks at the call's start, and back through them: PyTorch, or one Triton kernel each.
+"""The weighted gradients of chunks at the call's start, and back through them: PyTorch, or one Triton kernel each.
 
-Legend of shape suffixes: N batch x heads, R chunks of C tokens, D width of a head, O/I a matrix's output/input width.
+Legend of shape suffixes: N batch x heads, R chunks of C tokens, D width of a head, O/I a matrix's output/input width,
+L matrices.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from titans_ds.memory.network import Form
 
 Tensors = dict[str, Tensor]
 Sums = list[list[Tensor]]  # by matrix, G^w and, where it is another, G^m: [N, R, O, I]
+_BY_CHUNK = {"keys": 1, "values": 1, "a": 2, "b": 2, "c": 1}  # the chunks' dimension
 
 
 @dataclass(frozen=True)
@@ -26,53 +28,87 @@ class Problem:
         form: of f_W and its loss; its norm is among the tensors, as scale and bias.
         max_gradient_norm: see RuleConfig.
         depth: number of matrices.
-        triton: one kernel, where it can.
+        fused: one Triton kernel, for two matrices of a width that it can hold, without a norm.
     """
 
     form: Form
     max_gradient_norm: float | None
     depth: int
-    triton: bool
+    fused: bool
 
 
-def chunk_gradients(given: Tensors, problem: Problem) -> Sums:
-    """From keys, values [N, R, C, D], token weights [N, R, C] (surprise, to_weights, to_momentum) and w0, w1, …"""
-    if problem.triton:
-        return launch.span_forward(given, problem.form, problem.max_gradient_norm)
-    keys, values, surprise = given["keys"], given["values"], given["surprise"]
+def chunk_gradients(given: Tensors, chunks: slice, problem: Problem) -> Sums:
+    """Of some chunks.
+
+    Args:
+        given: keys, values [N, R, C, D], token weights a and, where G^m is another sum, b [L, N, R, C], c [N, R, C] of
+            the gradient whose norm is limited, w0, w1, … in the dtype of the keys.
+        chunks: which.
+        problem: of what.
+    """
+    if problem.fused:
+        return launch.span_forward(given, chunks, problem.form, problem.max_gradient_norm)
+    return _chunk_gradients(_part(given, chunks), problem)
+
+
+def chunk_gradients_backward(given: Tensors, chunks: slice, problem: Problem, d_sums: Sums, found: Tensors) -> None:
+    """The derivative of `chunk_gradients` in what it was given, everything computed again.
+
+    Args:
+        given, chunks, problem: as there.
+        d_sums: in the sums; overwritten.
+        found: where it goes: into these chunks of what is by chunk, on top of what is there elsewhere.
+    """
+    if problem.fused:
+        launch.span_backward(given, chunks, problem.form, problem.max_gradient_norm, d_sums, found)
+        return
+    leaves = {name: t.detach().requires_grad_() for name, t in _part(given, chunks).items()}
+    with torch.enable_grad():
+        sums = _chunk_gradients(leaves, problem)
+    outputs, grads = ([t for level in levels for t in level] for levels in (sums, d_sums))
+    derivatives = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+    for name, d in zip(leaves, derivatives, strict=True):
+        if name in _BY_CHUNK:
+            place = _cut(found[name], name, chunks)
+            place.zero_() if d is None else place.copy_(d)
+        elif d is not None:
+            found[name] += d
+
+
+def _part(given: Tensors, chunks: slice) -> Tensors:
+    return {name: _cut(t, name, chunks) if name in _BY_CHUNK else t for name, t in given.items()}
+
+
+def _cut(t: Tensor, name: str, chunks: slice) -> Tensor:
+    return t.narrow(_BY_CHUNK[name], chunks.start, chunks.stop - chunks.start)
+
+
+def _chunk_gradients(given: Tensors, problem: Problem) -> Sums:
+    keys, values = given["keys"], given["values"]
     form = replace(problem.form, norm=(given["scale"], given["bias"])) if "scale" in given else problem.form
     weights = tuple(given[f"w{i}"] for i in range(problem.depth))
     terms = network.terms(weights, keys.flatten(1, 2), values.flatten(1, 2), form)
     inputs = [x.view(*keys.shape[:3], -1) for x in terms.inputs]
     deltas = [d.view(*keys.shape[:3], -1) for d in terms.deltas]
-    sets = [given.get("to_weights", surprise)] + ([given["to_momentum"]] if "to_momentum" in given else [])
+    sets = [given["a"]] + ([given["b"]] if "b" in given else [])
     if problem.max_gradient_norm is not None:
-        limit = _limit(inputs, deltas, surprise, problem.max_gradient_norm).unsqueeze(-1)
+        limit = _limit(inputs, deltas, given["c"], problem.max_gradient_norm).unsqueeze(-1)
         sets = [token_weights * limit for token_weights in sets]
-    return [[_weighted(delta, w).mT @ x for w in sets] for x, delta in zip(inputs, deltas, strict=True)]
-
-
-def chunk_gradients_backward(given: Tensors, problem: Problem, d_sums: Sums) -> Tensors:
-    """The derivative of `chunk_gradients` in what it was given, everything computed again."""
-    if problem.triton:
-        return launch.span_backward(given, problem.form, problem.max_gradient_norm, d_sums)
-    leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
-    with torch.enable_grad():
-        sums = chunk_gradients(leaves, problem)
-    outputs, grads = ([t for level in levels for t in level] for levels in (sums, d_sums))
-    found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
-    return {n: torch.zeros_like(t) if d is None else d for (n, t), d in zip(leaves.items(), found, strict=True)}
+    return [
+        [_weighted(delta, w[level]).mT @ x for w in sets]
+        for level, (x, delta) in enumerate(zip(inputs, deltas, strict=True))
+    ]
 
 
 def _weighted(delta: Tensor, token_weights: Tensor) -> Tensor:
     return delta * token_weights.unsqueeze(-1).to(delta.dtype)
 
 
-def _limit(inputs: list[Tensor], deltas: list[Tensor], surprise_NRC: Tensor, max_norm: float) -> Tensor:
+def _limit(inputs: list[Tensor], deltas: list[Tensor], c_NRC: Tensor, max_norm: float) -> Tensor:
     """What brings a chunk's gradient, over all matrices, down to max_norm; its norm is a sum over pairs of tokens."""
     square: Tensor | float = 0.0
     for x, d in zip(inputs, deltas, strict=True):
-        square = square + (x @ x.mT).to(surprise_NRC.dtype) * (d @ d.mT)
-    total = surprise_NRC.unsqueeze(-2) @ square @ surprise_NRC.unsqueeze(-1)
-    total = total.view(surprise_NRC.shape[:2]).clamp(min=0)
+        square = square + (x @ x.mT).to(c_NRC.dtype) * (d @ d.mT)
+    total = c_NRC.unsqueeze(-2) @ square @ c_NRC.unsqueeze(-1)
+    total = total.view(c_NRC.shape[:2]).clamp(min=0)
     return (max_norm / (total + 1e-12).sqrt()).clamp(max=1.0)

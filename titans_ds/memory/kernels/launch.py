@@ -13,7 +13,6 @@ from titans_ds.memory.network import Form
 WARPS = {64: (8, 4), 128: (8, 8)}
 SPAN_WARPS = {64: (4, 4), 128: (8, 8)}
 _LOSSES = {"l2": 0, "dot": 1, "huber": 2}
-_ORDER = ("keys", "values", "surprise", "to_weights", "to_momentum")
 
 
 def options(
@@ -54,49 +53,88 @@ def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def span_forward(given: dict[str, Tensor], form: Form, max_gradient_norm: float | None) -> list[list[Tensor]]:
+def span_forward(
+    given: dict[str, Tensor], chunks: slice, form: Form, max_gradient_norm: float | None
+) -> list[list[Tensor]]:
     """What `gradients.chunk_gradients` returns."""
     from titans_ds.memory.kernels.span_kernels import span_forward
 
-    tensors, separate = _span_tensors(given), "to_momentum" in given
-    keys, hidden = tensors[0], given["w0"].shape[1]
-    num_rows, num_chunks, _, dim = keys.shape
+    keys, hidden, separate = given["keys"], given["w0"].shape[1], "b" in given
+    (num_rows, total, _, dim), num_chunks = keys.shape, chunks.stop - chunks.start
     sums = [
         [keys.new_empty(num_rows, num_chunks, *shape) for _ in range(1 + separate)]
         for shape in ((hidden, dim), (dim, hidden))
     ]
     span_forward[(num_rows * num_chunks,)](
-        *tensors, sums[0][0], sums[1][0], sums[0][-1], sums[1][-1], num_chunks, *numbers(form, max_gradient_norm),
+        *_by_token(given, chunks), given["w0"], given["w1"], sums[0][0], sums[1][0], sums[0][-1], sums[1][-1],
+        num_rows, num_chunks, total, *numbers(form, max_gradient_norm),
         **options(keys, hidden, form, max_gradient_norm is not None, separate, SPAN_WARPS, False),
     )  # fmt: skip
     return sums
 
 
 def span_backward(
-    given: dict[str, Tensor], form: Form, max_gradient_norm: float | None, d_sums: list[list[Tensor]]
-) -> dict[str, Tensor]:
-    """What `gradients.chunk_gradients_backward` returns; d_sums are overwritten."""
+    given: dict[str, Tensor],
+    chunks: slice,
+    form: Form,
+    max_gradient_norm: float | None,
+    d_sums: list[list[Tensor]],
+    found: dict[str, Tensor],
+) -> None:
+    """What `gradients.chunk_gradients_backward` does."""
     from titans_ds.memory.kernels.span_kernels import span_backward
 
-    tensors, separate = _span_tensors(given), "to_momentum" in given
-    keys, hidden = tensors[0], given["w0"].shape[1]
-    num_rows, num_chunks = keys.shape[:2]
-    d_sums = [[d.contiguous() for d in level] for level in d_sums]
-    found = [torch.zeros_like(t) for t in tensors[:5]]
+    keys, hidden, separate = given["keys"], given["w0"].shape[1], "b" in given
+    (num_rows, total), num_chunks = keys.shape[:2], chunks.stop - chunks.start
     span_backward[(num_rows * num_chunks,)](
-        *tensors, d_sums[0][0], d_sums[1][0], d_sums[0][-1], d_sums[1][-1], *found,
-        num_chunks, *numbers(form, max_gradient_norm),
+        *_by_token(given, chunks), given["w0"], given["w1"],
+        d_sums[0][0], d_sums[1][0], d_sums[0][-1], d_sums[1][-1], *_by_token(found, chunks),
+        num_rows, num_chunks, total, *numbers(form, max_gradient_norm),
         **options(keys, hidden, form, max_gradient_norm is not None, separate, SPAN_WARPS, True),
     )  # fmt: skip
-    by_name = dict(zip(_ORDER, found, strict=True))
     # The kernel leaves each chunk's share there: added up like this, and not by atomics, every run is the same.
-    by_name |= {f"w{i}": level[0].sum(dim=1, dtype=given[f"w{i}"].dtype) for i, level in enumerate(d_sums)}
-    if "to_weights" not in given:
-        by_name["surprise"] = by_name["surprise"] + by_name["to_weights"]
-    return {name: d for name, d in by_name.items() if name in given}
+    for level, d in enumerate(d_sums):
+        found[f"w{level}"] += d[0].sum(dim=1, dtype=found[f"w{level}"].dtype)
 
 
-def _span_tensors(given: dict[str, Tensor]) -> list[Tensor]:
-    """Keys, values, the three token weights (the surprise where there is no other), W_1 and W_2 in the keys' dtype."""
-    tensors = [given.get(name, given["surprise"]).contiguous() for name in _ORDER]
-    return [*tensors, *(given[name].to(given["keys"].dtype).contiguous() for name in ("w0", "w1"))]
+def _by_token(given: dict[str, Tensor], chunks: slice) -> list[Tensor]:
+    """From the first of the chunks on: keys, values, c, a, b; any where there are none."""
+    a = given["a"][:, :, chunks]
+    c, b = given.get("c"), given.get("b")
+    return [
+        given["keys"][:, chunks],
+        given["values"][:, chunks],
+        a if c is None else c[:, chunks],
+        a,
+        a if b is None else b[:, :, chunks],
+    ]
+
+
+def read_forward(weights: list[Tensor], queries: Tensor, chunks: slice, form: Form, out: Tensor) -> None:
+    """What `reads.read` does."""
+    from titans_ds.memory.kernels.span_kernels import read_forward
+
+    num_chunks = weights[0].shape[1]
+    read_forward[(queries.shape[0] * num_chunks,)](
+        queries[:, chunks], *weights, out[:, chunks], num_chunks, queries.shape[1], form.hidden_scale,
+        **_read_options(queries, weights, form, False),
+    )  # fmt: skip
+
+
+def read_backward(
+    weights: list[Tensor], queries: Tensor, chunks: slice, form: Form, d_out: Tensor, found: Tensor
+) -> list[Tensor]:
+    """What `reads.read_backward` does."""
+    from titans_ds.memory.kernels.span_kernels import read_backward
+
+    num_chunks, d_weights = weights[0].shape[1], [torch.empty_like(w) for w in weights]
+    read_backward[(queries.shape[0] * num_chunks,)](
+        queries[:, chunks], *weights, d_out[:, chunks], found[:, chunks], *d_weights,
+        num_chunks, queries.shape[1], form.hidden_scale, **_read_options(queries, weights, form, True),
+    )  # fmt: skip
+    return d_weights
+
+
+def _read_options(queries: Tensor, weights: list[Tensor], form: Form, backward: bool) -> dict[str, Any]:
+    everything = options(queries, weights[0].shape[2], form, False, False, SPAN_WARPS, backward)
+    return {name: value for name, value in everything.items() if name not in ("LOSS", "SEPARATE", "LIMIT")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from titans_ds.config import RuleConfig
 from titans_ds.memory.gates import GateValues, coefficients
+from titans_ds.memory.kernels import Engine
 from titans_ds.memory.kernels.chunk import run_chunk
 from titans_ds.memory.kernels.span import run_span
 from titans_ds.memory.network import Form
@@ -37,17 +39,19 @@ class Case:
     dtype: torch.dtype
     chunk: int
     dim: int
-    hidden: int
+    shapes: tuple[tuple[int, int], ...]  # of the matrices
     form: Form
     rule: str  # RuleConfig's repr: step sizes are a list, which no cache takes
+    fused: bool
 
 
-def passes(keys_NRCD: Tensor, fast: Fast, inner: Inner) -> bool:
+def passes(keys_NRCD: Tensor, fast: Fast, inner: Inner, fused: bool) -> bool:
     """Whether the Triton kernel for this call agrees with PyTorch; says so in the log where not."""
     chunk, dim = keys_NRCD.shape[2:]
     form = replace(inner.form, norm=None)
     _rules[repr(inner.rule)] = inner.rule
-    case = Case(keys_NRCD.device, keys_NRCD.dtype, chunk, dim, fast.weights[0].shape[1], form, repr(inner.rule))
+    shapes = tuple((w.shape[1], w.shape[2]) for w in fast.weights)
+    case = Case(keys_NRCD.device, keys_NRCD.dtype, chunk, dim, shapes, form, repr(inner.rule), fused)
     return _passes(case)
 
 
@@ -56,16 +60,21 @@ _rules: dict[str, RuleConfig] = {}
 
 @functools.cache
 def _passes(case: Case) -> bool:
+    return close(case, lambda: _error(case))
+
+
+def close(case: object, error: Callable[[], float]) -> bool:
+    """Whether a kernel's error is small; says so in the log where not, or where it does not run."""
     try:
         # In a thread of its own: a call may be inside torch.inference_mode, or inside activation checkpointing, which
         # counts what autograd saves, and does not meet the check again when it recomputes.
         with ThreadPoolExecutor(max_workers=1) as thread:
-            error = thread.submit(_error, case).result()
+            found = thread.submit(error).result()
     except Exception as problem:
         _log.warning("the Triton kernel for %s failed; PyTorch does it instead: %s", case, problem)
         return False
-    if not error < _TOLERANCE:
-        _log.warning("the Triton kernel for %s is off by %.1e; PyTorch does it instead", case, error)
+    if not found < _TOLERANCE:
+        _log.warning("the Triton kernel for %s is off by %.1e; PyTorch does it instead", case, found)
         return False
     return True
 
@@ -74,11 +83,16 @@ def _error(case: Case) -> float:
     """The worst relative error over reads, states and gradients."""
     with torch.cuda.device(case.device) if case.device.type == "cuda" else contextlib.nullcontext():
         found, exact = _run(case, case.dtype, triton=True), _run(case, torch.float32, triton=False)
+    return worst(found, exact)
+
+
+def worst(found: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest relative error."""
     return max(float((a - b).norm() / b.norm().clamp(min=1e-20)) for a, b in zip(found, exact, strict=True))
 
 
 def _run(case: Case, dtype: torch.dtype, triton: bool) -> list[Tensor]:
-    rule, generator = _rules[case.rule], torch.Generator().manual_seed(0)
+    rule, depth, generator = _rules[case.rule], len(case.shapes), torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, generator=generator)).to(case.device)
@@ -86,9 +100,8 @@ def _run(case: Case, dtype: torch.dtype, triton: bool) -> list[Tensor]:
     split = (_ROWS, _CHUNKS, case.chunk)
     # The same numbers at either precision.
     tokens = [normal(*split, case.dim, scale=case.dim**-0.5).to(case.dtype).to(dtype) for _ in range(3)]
-    shapes = ((case.hidden, case.dim), (case.dim, case.hidden))
-    states = [normal(_ROWS, *s, scale=s[1] ** -0.5) for s in shapes]
-    states += [normal(_ROWS, *s, scale=0.1 * s[1] ** -0.5) for s in shapes if rule.has_momentum]
+    states = [normal(_ROWS, *s, scale=s[1] ** -0.5) for s in case.shapes]
+    states += [normal(_ROWS, *s, scale=0.1 * s[1] ** -0.5) for s in case.shapes if rule.has_momentum]
     logits = {name: normal(*split) for name in rule.token_gates}
     leaves = [t.requires_grad_() for t in (*tokens, *states, *logits.values())]
     active = torch.ones(split, dtype=torch.bool, device=case.device)
@@ -96,10 +109,12 @@ def _run(case: Case, dtype: torch.dtype, triton: bool) -> list[Tensor]:
     finished = torch.ones(split[:2], dtype=torch.bool, device=case.device)
     finished[1, -1] = False
     c = coefficients(GateValues(active, **logits), rule, torch.float32)
-    inner = Inner(rule, case.form, torch.full((2,), 0.1, device=case.device), 1)
-    run = run_span if rule.chunk_semantics == "span" else run_chunk
-    fast = Fast(tuple(states[:2]), tuple(states[2:]))
-    reads, new = run(fast, Pairs(tokens[0], tokens[1]), c, finished, inner, tokens[2], True, triton=triton)
+    inner = Inner(rule, case.form, torch.full((depth,), 0.1, device=case.device), 1)
+    given = (Fast(tuple(states[:depth]), tuple(states[depth:])), Pairs(tokens[0], tokens[1]), c, finished, inner)
+    if rule.chunk_semantics == "span":
+        reads, new = run_span(*given, tokens[2], True, Engine(triton, triton and case.fused))
+    else:
+        reads, new = run_chunk(*given, tokens[2], True, triton=triton)
     outputs = [t for t in (reads, *new.weights, *new.momentum) if t is not None]
     # Random directions: a sum would hide errors that cancel.
     loss = torch.stack([(t.float() * normal(*t.shape)).sum() for t in outputs]).sum()
