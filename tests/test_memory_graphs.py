@@ -180,6 +180,18 @@ def test_memories_take_turns_on_shared_buffers() -> None:
     assert capture.recorded == 4
 
 
+def test_inputs_alone_are_kept() -> None:
+    made = titans()
+    graphed(made)
+    h, state = tokens().requires_grad_(), made(tokens(), None, None, None, WRITE)[1]
+    given = [h, MASK, *state.values(), *made.parameters(), *made.buffers()]
+    own, kept = {t.untyped_storage().data_ptr() for t in given}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        made(h, state, MASK, None, WRITE)
+    assert kept
+    assert {t.untyped_storage().data_ptr() for t in kept} <= own
+
+
 def test_gradients_add_up_and_a_graph_may_be_kept() -> None:
     made, h = titans(), tokens().requires_grad_()
     graphed(made)

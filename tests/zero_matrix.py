@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 import titans_ds
+from tests.eager_capture import graphed
 from tests.packed_corpora import random_repos, write_packed
 from tests.tiny_models import tiny_base
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
+from titans_ds.memory.graphed import MemoryGraphs
 from titans_ds.memory_config import named_memory
 from titans_ds.training.build import enable_checkpointing, load_base
 from titans_ds.training.engine import Engine, TorchEngine
@@ -59,6 +61,7 @@ class Case:
     offload: bool = False
     sgd: bool = False
     offload_optimizer: bool = False
+    graphs: bool = False
 
     @property
     def name(self) -> str:
@@ -105,6 +108,7 @@ def cases() -> list[Case]:
         matrix.append(Case(stage, "second", trainable="all", sgd=True))
         matrix.append(Case(stage, "second", True, lora=True, sgd=True))
         matrix.append(Case(stage, "second", injection="mag"))
+        matrix.append(Case(stage, "second", True, sgd=True, graphs=True))
         matrix.append(Case(stage, "first", True, injection="mal", lora=True))
     return matrix
 
@@ -267,6 +271,14 @@ def partitioned_base(world_size: int) -> dict[str, Any]:
     }
 
 
+def replay_memories(module: TrainingModule, partitioned: bool) -> None:
+    """As on a GPU, where ZeRO-3 has none."""
+    for grafted in module.model.memories.values():  # type: ignore[union-attr, operator]
+        capture = graphed(grafted.memory)
+        if partitioned:
+            grafted.memory.graphs = MemoryGraphs("auto", lambda device, capture=capture: capture)
+
+
 def main() -> None:
     """Run the matrix; rank 0 writes the results."""
     torch.set_num_threads(1)
@@ -277,7 +289,7 @@ def main() -> None:
     results, loading = [], partitioned_base(world_size)
     for case in cases():
         one_graph = "through_base" if case.second_order == "through_base" else "window"
-        plain = {"stage": 0, "checkpointing": False, "offload": False, "offload_optimizer": False}
+        plain = {"stage": 0, "checkpointing": False, "offload": False, "offload_optimizer": False, "graphs": False}
         key = dataclasses.replace(case, second_order=one_graph, **plain)
         clip = 0.0 if case.sgd else OPTIMIZER.clip
         if key not in references:
@@ -285,6 +297,8 @@ def main() -> None:
             alone = TorchEngine(module, make_case_optimizer(module, key), clip, device)
             references[key] = run(alone, make_lanes(corpus, 0, 1), key, 1)
         module = make_module(case)
+        if case.graphs:
+            replay_memories(module, partitioned=case.stage == 3)
         config = complete_config(
             {"zero_optimization": {"stage": case.stage, **(OFFLOADED if case.offload_optimizer else {})}},
             rows=LANES // world_size,
