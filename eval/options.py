@@ -85,8 +85,10 @@ class RunOptions:
     def resolved(self) -> RunOptions:
         """Return the options with automatic choices made."""
         dtype = str(self.model.resolved_dtype()).removeprefix("torch.")
-        graphs = "off" if self.decode_graphs == "auto" else self.decode_graphs
-        return replace(self, device=str(self.model.resolved_device()), dtype=dtype, decode_graphs=graphs)
+        device = self.model.resolved_device()
+        automatic = "on" if device.type == "cuda" else "off"
+        graphs = automatic if self.decode_graphs == "auto" else self.decode_graphs
+        return replace(self, device=str(device), dtype=dtype, decode_graphs=graphs)
 
     def hashed(self) -> dict[str, Any]:
         """Those of the options that can change a result."""
