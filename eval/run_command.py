@@ -75,8 +75,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         "--decode-graphs",
         choices=DECODE_GRAPHS,
         default="auto",
-        help="on: decode in steps of fixed shapes, which a GPU replays as CUDA graphs; auto (default): on a GPU, off on "
-        "a CPU; changes no result in float32",
+        help="on: decode in steps of fixed shapes, which a GPU replays as CUDA graphs; auto (default): on a GPU, off "
+        "on a CPU; changes no result in float32",
     )
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     group.add_argument("--no-report", action="store_true", help="generate only")
