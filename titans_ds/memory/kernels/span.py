@@ -40,14 +40,12 @@ class Plan:
         names: of the tensors, in order.
         first_order: only the reads are differentiated, and W_0 only where the first chunk reads it.
         block: chunks worked on at a time.
-        triton: scan by the Triton kernel.
     """
 
     problem: Problem
     names: tuple[str, ...]
     first_order: bool
     block: int
-    triton: bool
 
     @property
     def depth(self) -> int:
@@ -84,8 +82,9 @@ def run_span(
     tensors = _tensors(fast, pairs, c, finished_NR, inner, graph)
     if queries_NRCD is not None:
         tensors["queries"] = queries_NRCD
-    problem = Problem(replace(inner.form, norm=None), inner.rule.max_gradient_norm, len(fast.weights), engine.fused)
-    plan = Plan(problem, tuple(tensors), not graph, _block_size(pairs.keys, fast.weights), engine.triton)
+    form, depth = replace(inner.form, norm=None), len(fast.weights)
+    problem = Problem(form, inner.rule.max_gradient_norm, depth, engine.fused, engine.triton)
+    plan = Plan(problem, tuple(tensors), not graph, _block_size(pairs.keys, fast.weights))
     outputs = SpanMemory.apply(plan, *tensors.values())  # type: ignore[no-untyped-call]
     states = outputs if queries_NRCD is None else outputs[1:]
     if not graph:
@@ -129,11 +128,12 @@ class SpanMemory(torch.autograd.Function):
         starts, narrow = [_states(given, plan)], _narrow(given)
         reads = [torch.empty_like(given["queries"])] if "queries" in given else []
         for chunks in plan.blocks(given["keys"].shape[1]):
-            weights, _, end = _scan(given, narrow, chunks, starts[-1], plan, save=False)
+            sums, _ = chunk_gradients(narrow, chunks, plan.problem)
+            weights, _, end = _scan(given, sums, chunks, starts[-1], plan, save=False)
             starts.append(end)
             for out in reads:
                 read(weights, given["queries"], chunks, plan.problem, out)
-            del weights
+            del sums, weights
         ctx.plan = plan
         ctx.save_for_backward(
             *given.values(), *(t for start in starts[1:-1] for s in start for t in s if t is not None)
@@ -184,14 +184,14 @@ def _kept(ctx: Any) -> tuple[Tensors, list[list[State]]]:
 def _of(given: Tensors, chunks: slice, plan: Plan) -> Scan:
     keep = given["keep"][:, chunks]
     eta, carry = (given[n][:, chunks] if n in given else keep for n in ("eta", "carry"))
-    return Scan(keep, eta, carry, "s0" in given, "b" in given, plan.triton)
+    return Scan(keep, eta, carry, "s0" in given, "b" in given, plan.problem.triton)
 
 
 def _scan(
-    given: Tensors, narrow: Tensors, chunks: slice, start: list[State], plan: Plan, save: bool
+    given: Tensors, sums: Sums, chunks: slice, start: list[State], plan: Plan, save: bool
 ) -> tuple[list[Tensor], list[Tensor | None], list[State]]:
-    """W_r and (save) S_r of a block by matrix, and its end."""
-    scan, sums = _of(given, chunks, plan), chunk_gradients(narrow, chunks, plan.problem)
+    """W_r and (save) S_r of a block by matrix, and its end; the sums are overwritten."""
+    scan = _of(given, chunks, plan)
     results = [scan_forward(sums[level], start[level], scan, save) for level in range(plan.depth)]
     return [w for w, _, _ in results], [s for _, s, _ in results], [end for _, _, end in results]
 
@@ -202,7 +202,8 @@ def _first_order(given: Tensors, starts: list[list[State]], plan: Plan, d_output
         return {}
     narrow, found, d_reads = _narrow(given), {"queries": torch.empty_like(given["queries"])}, d_outputs[0].contiguous()
     for index, chunks in enumerate(plan.blocks(given["keys"].shape[1])):
-        weights, _, _ = _scan(given, narrow, chunks, starts[index], plan, save=False)
+        sums, _ = chunk_gradients(narrow, chunks, plan.problem)
+        weights, _, _ = _scan(given, sums, chunks, starts[index], plan, save=False)
         d_weights = read_backward(weights, given["queries"], chunks, plan.problem, d_reads, found["queries"])
         if index == 0:
             found |= {f"w{level}": d[:, 0].to(given["w0"].dtype) for level, d in enumerate(d_weights)}
@@ -217,9 +218,10 @@ def _second_order(given: Tensors, starts: list[list[State]], plan: Plan, d_outpu
     narrow, found = _narrow(given), _places(given, plan)
     d_factors = given["keep"].new_zeros(3, *given["keep"].shape)
     for index, chunks in reversed(list(enumerate(plan.blocks(given["keys"].shape[1])))):
-        d_sums, d_end = _block_backward(given, narrow, chunks, starts[index], plan, d_reads, d_end, d_factors, found)
-        chunk_gradients_backward(narrow, chunks, plan.problem, d_sums, found)
-        del d_sums
+        sums, trace = chunk_gradients(narrow, chunks, plan.problem)
+        sums, d_end = _block_backward(given, sums, chunks, starts[index], plan, d_reads, d_end, d_factors, found)
+        chunk_gradients_backward(narrow, chunks, plan.problem, trace, sums, found)
+        del sums, trace
     for level, (d_weight, d_momentum) in enumerate(d_end):
         found[f"w{level}"] += d_weight
         if d_momentum is not None:
@@ -236,7 +238,7 @@ def _places(given: Tensors, plan: Plan) -> Tensors:
 
 def _block_backward(
     given: Tensors,
-    narrow: Tensors,
+    sums: Sums,
     chunks: slice,
     start: list[State],
     plan: Plan,
@@ -245,8 +247,9 @@ def _block_backward(
     d_factors: Tensor,
     found: Tensors,
 ) -> tuple[Sums, list[State]]:
-    """In the chunks' gradients, and in W and S at the block's start."""
-    weights, momenta, _ = _scan(given, narrow, chunks, start, plan, save=True)
+    """In the chunks' gradients, which are overwritten, and in W and S at the block's start."""
+    weights, momenta, _ = _scan(given, sums, chunks, start, plan, save=True)
+    sums.clear()
     d_weights: list[Tensor] | list[None] = [None] * plan.depth
     if d_reads is not None:
         d_weights = read_backward(weights, given["queries"], chunks, plan.problem, d_reads, found["queries"])
