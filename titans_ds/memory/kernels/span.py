@@ -22,7 +22,7 @@ from titans_ds.memory.kernels import Engine
 from titans_ds.memory.kernels.factors import factors
 from titans_ds.memory.kernels.gradients import Problem, Sums, Tensors, chunk_gradients, chunk_gradients_backward
 from titans_ds.memory.kernels.reads import read, read_backward
-from titans_ds.memory.kernels.scan import Scan, State, scan_backward, scan_forward
+from titans_ds.memory.kernels.scan import Scan, State, num_shares, scan_backward, scan_forward
 from titans_ds.memory.network import Weights
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
@@ -135,6 +135,7 @@ class SpanMemory(torch.autograd.Function):
                 read(weights, given["queries"], chunks, plan.problem, out)
             del sums, weights
         ctx.plan = plan
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             *given.values(), *(t for start in starts[1:-1] for s in start for t in s if t is not None)
         )
@@ -142,7 +143,7 @@ class SpanMemory(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         given, starts = _kept(ctx)
         back = _first_order if plan.first_order else _second_order
@@ -196,11 +197,12 @@ def _scan(
     return [w for w, _, _ in results], [s for _, s, _ in results], [end for _, _, end in results]
 
 
-def _first_order(given: Tensors, starts: list[list[State]], plan: Plan, d_outputs: list[Tensor]) -> Tensors:
+def _first_order(given: Tensors, starts: list[list[State]], plan: Plan, d_outputs: list[Tensor | None]) -> Tensors:
     """In the queries, and in W_0 from the first chunk's reads."""
-    if "queries" not in given:
+    d_read = d_outputs[0] if "queries" in given else None
+    if d_read is None:
         return {}
-    narrow, found, d_reads = _narrow(given), {"queries": torch.empty_like(given["queries"])}, d_outputs[0].contiguous()
+    narrow, found, d_reads = _narrow(given), {"queries": torch.empty_like(given["queries"])}, d_read.contiguous()
     for index, chunks in enumerate(plan.blocks(given["keys"].shape[1])):
         sums, _ = chunk_gradients(narrow, chunks, plan.problem)
         weights, _, _ = _scan(given, sums, chunks, starts[index], plan, save=False)
@@ -210,28 +212,46 @@ def _first_order(given: Tensors, starts: list[list[State]], plan: Plan, d_output
     return found
 
 
-def _second_order(given: Tensors, starts: list[list[State]], plan: Plan, d_outputs: list[Tensor]) -> Tensors:
+def _second_order(given: Tensors, starts: list[list[State]], plan: Plan, d_outputs: list[Tensor | None]) -> Tensors:
     """In everything, from the last block to the first."""
-    d_reads = d_outputs.pop(0).contiguous() if "queries" in given else None
-    d_states = [d.clone(memory_format=torch.contiguous_format) for d in d_outputs]
+    d_read = d_outputs[0] if "queries" in given else None
+    d_reads = None if d_read is None else d_read.contiguous()
+    d_states = _own(d_outputs[-(1 + ("s0" in given)) * plan.depth :], given, plan)
     d_end: list[State] = [(d_states[i], d_states[i + plan.depth] if "s0" in given else None) for i in range(plan.depth)]
     narrow, found = _narrow(given), _places(given, plan)
-    d_factors = given["keep"].new_zeros(3, *given["keep"].shape)
+    if d_reads is not None:
+        found["queries"] = torch.empty_like(d_reads)
+    shares = given["keep"].new_empty(3, sum(_shares(given, plan)), *given["keep"].shape)
     for index, chunks in reversed(list(enumerate(plan.blocks(given["keys"].shape[1])))):
         sums, trace = chunk_gradients(narrow, chunks, plan.problem)
-        sums, d_end = _block_backward(given, sums, chunks, starts[index], plan, d_reads, d_end, d_factors, found)
+        sums, d_end = _block_backward(given, sums, chunks, starts[index], plan, d_reads, d_end, shares, found)
         chunk_gradients_backward(narrow, chunks, plan.problem, trace, sums, found)
         del sums, trace
     for level, (d_weight, d_momentum) in enumerate(d_end):
         found[f"w{level}"] += d_weight
         if d_momentum is not None:
             found[f"s{level}"] = d_momentum
-    return found | dict(zip(("keep", "eta", "carry"), d_factors.unbind(), strict=True))
+    return found | dict(zip(("keep", "eta", "carry"), shares.sum(dim=1), strict=True))
+
+
+def _shares(given: Tensors, plan: Plan) -> list[int]:
+    return [num_shares(given[f"w{level}"], plan.problem.triton) for level in range(plan.depth)]
+
+
+def _own(d_states: list[Tensor | None], given: Tensors, plan: Plan) -> list[Tensor]:
+    """Copies to work on, zeros where nothing depends on a state."""
+    likes = [given[f"w{level}"] for level in range(plan.depth)] * 2
+    return [
+        torch.zeros_like(like, memory_format=torch.contiguous_format)
+        if d is None
+        else d.clone(memory_format=torch.contiguous_format)
+        for d, like in zip(d_states, likes, strict=False)
+    ]
 
 
 def _places(given: Tensors, plan: Plan) -> Tensors:
     """Where derivatives go: written chunk by chunk, or summed."""
-    found = {n: torch.empty_like(given[n]) for n in ("queries", "keys", "values", "a", "b", "c") if n in given}
+    found = {n: torch.empty_like(given[n]) for n in ("keys", "values", "a", "b", "c") if n in given}
     summed = [*(n for n in ("scale", "bias") if n in given), *(f"w{i}" for i in range(plan.depth))]
     return found | {n: torch.zeros_like(given[n], memory_format=torch.contiguous_format) for n in summed}
 
@@ -244,7 +264,7 @@ def _block_backward(
     plan: Plan,
     d_reads: Tensor | None,
     d_end: list[State],
-    d_factors: Tensor,
+    shares: Tensor,
     found: Tensors,
 ) -> tuple[Sums, list[State]]:
     """In the chunks' gradients, which are overwritten, and in W and S at the block's start."""
@@ -254,9 +274,9 @@ def _block_backward(
     if d_reads is not None:
         d_weights = read_backward(weights, given["queries"], chunks, plan.problem, d_reads, found["queries"])
     scan, d_sums, d_start = _of(given, chunks, plan), [], []
-    for d_w, d_last in zip(d_weights, d_end, strict=True):
-        d_sum, d_factor, d_first = scan_backward(d_w, weights.pop(0), momenta.pop(0), d_last, scan)
-        d_factors[:, :, chunks].add_(d_factor)
+    parts = torch.split(shares[..., chunks], _shares(given, plan), dim=1)
+    for d_w, d_last, part in zip(d_weights, d_end, parts, strict=True):
+        d_sum, d_first = scan_backward(d_w, weights.pop(0), momenta.pop(0), d_last, scan, part)
         d_sums.append(d_sum)
         d_start.append(d_first)
     return d_sums, d_start
