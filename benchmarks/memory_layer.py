@@ -6,8 +6,9 @@
 
 Every row is forward, and forward + backward (gradients of the input and of all that is learned, through the writes),
 medians. The floor is the counted operations (recomputation not counted) over the rate of a bf16 matrix product measured
-first. Peak memory is what a row allocates beyond what was there before it. Rows run in a process of their own that is
-started again after a row that breaks it or runs out of time: an error is a row. Peers: titans-pytorch (pip install
+first. Peak memory is what a row allocates beyond what was there before it, with what CUDA graphs keep. Ratios are
+taken against the group's fastest row of this project that does the whole work. Rows run in a process of their own that
+is started again after a row that breaks it or runs out of time: an error is a row. Peers: titans-pytorch (pip install
 titans-pytorch), fla (pip install flash-linear-attention), LaCT (--lact PATH of its ttt_operation.py).
 """
 
@@ -18,6 +19,7 @@ import contextlib
 import fnmatch
 import gc
 import io
+import itertools
 import multiprocessing
 import platform
 import statistics
@@ -63,6 +65,7 @@ def _span(shape: Shape) -> list[Case]:
     group, flops = f"layer, span, {shape.label}", _both(shape)
     rows = [
         Case(group, "titans-ds", shape.label, layer(shape, "auto", "span"), flops, ours=True),
+        Case(group, "titans-ds graphs", shape.label, layer(shape, "auto", "span", graphs=True), flops, ours=True),
         Case(group, "titans-ds first order", shape.label, layer(shape, "auto", "span", graph=False), flops),
         Case(group, "titans-ds loop", shape.label, layer(shape, "loop", "span"), flops),
     ]
@@ -77,6 +80,7 @@ def _chunk(shape: Shape, loop: bool) -> list[Case]:
     group, flops = f"layer, chunk, {shape.label}", _both(shape)
     rows = [
         Case(group, "titans-ds", shape.label, layer(shape, "auto", "chunk"), flops, ours=True),
+        Case(group, "titans-ds graphs", shape.label, layer(shape, "auto", "chunk", graphs=True), flops, ours=True),
         Case(group, "titans-ds first order", shape.label, layer(shape, "auto", "chunk", graph=False), flops),
     ]
     if loop:
@@ -93,8 +97,10 @@ def _large(shape: Shape, lact_path: Path | None, hidden: int) -> list[Case]:
     ours = round(hidden * 9 / 7 / 8) * 8
     forward = 7 * shape.product(ours)
     group = f"core, large chunks, {shape.label}"
+    flops = (forward, 3 * forward)
     rows = [
-        Case(group, "titans-ds", shape.label, core(shape, "auto", ours), (forward, 3 * forward), ours=True),
+        Case(group, "titans-ds", shape.label, core(shape, "auto", ours), flops, ours=True),
+        Case(group, "titans-ds graphs", shape.label, core(shape, "auto", ours, graphs=True), flops, ours=True),
     ]
     written = (shape.tokens // shape.chunk - 1) / (shape.tokens // shape.chunk)
     theirs = (3 + 6 * written) * shape.product(hidden)
@@ -167,8 +173,19 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
             torch.cuda.synchronize()
             result[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - before
         result[f"{name}_first_s"] = time.monotonic() - start
+        step(backward)
+        if cuda and (pools := _graph_bytes()):
+            torch.cuda.reset_peak_memory_stats()
+            step(backward)
+            result[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - before + pools
         result[f"{name}_ms"] = _median(lambda b=backward: step(b), device, seconds)  # type: ignore[misc]
     return result
+
+
+def _graph_bytes() -> int:
+    """Memory that CUDA graphs keep for themselves, which no count of living tensors shows."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0))
 
 
 def worker(channel: Connection, tiny: bool, lact_path: Path | None, seconds: float) -> None:
@@ -223,7 +240,8 @@ class Runner:
         self.process = context.Process(target=worker, args=arguments, daemon=True)
         self.process.start()
         there.close()
-        self.machine = self.machine or self.channel.recv()
+        machine = self.channel.recv()  # said by every process: left unread, it would pass for the next row
+        self.machine = self.machine or machine
 
     def _stop(self, error: str) -> dict[str, Any]:
         self.process.kill()
@@ -233,16 +251,24 @@ class Runner:
 
 
 def table(results: list[dict[str, Any]], machine: dict[str, Any]) -> str:
-    """Markdown: times, share of the floor, peak, and each row against this project's of its group."""
+    """Markdown: times, share of the floor, peak, and each row against the fastest of this project's in its group."""
     lines = [f"{machine['device']}, torch {machine['torch']}: {machine['rate'] / 1e12:,.1f} TFLOP/s in a bf16 product"]
-    group = ours = None
-    for row in results:
-        if row["group"] != group:
-            group, ours = row["group"], row
-            lines += ["", f"{group}", "| row | fwd ms | fwd+bwd ms | of floor | peak MiB | time x | peak x |"]
-            lines.append("|---|---|---|---|---|---|---|")
-        lines.append(_line(row, ours or row, machine["rate"]))
+    for group, rows in itertools.groupby(results, lambda row: str(row["group"])):
+        members = list(rows)
+        ours = _fastest(members)
+        lines += ["", f"{group}; x: of {ours['name']}"]
+        lines += [
+            "| row | fwd ms | fwd+bwd ms | of floor | peak MiB | time x | peak x |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [_line(row, ours, machine["rate"]) for row in members]
     return "\n".join(lines)
+
+
+def _fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """This project's fastest row; the first, where none of them was measured."""
+    own = [row for row in rows if row.get("ours") and "error" not in row]
+    return min(own, key=lambda row: float(row.get("both_ms", row["forward_ms"])), default=rows[0])
 
 
 def _line(row: dict[str, Any], ours: dict[str, Any], rate: float) -> str:
@@ -285,7 +311,8 @@ def main() -> None:
     runner, results = Runner(options), []
     for index, case in enumerate(cases(options.tiny, options.lact)):
         if wanted(case, options.rows) and not (options.skip and wanted(case, options.skip)):
-            results.append({"group": case.group, "name": case.name, "flops": case.flops, **runner.run(index)})
+            row = {"group": case.group, "name": case.name, "flops": case.flops, "ours": case.ours}
+            results.append(row | runner.run(index))
             print(f"{case.group}; {case.name}: {_brief(results[-1])}", file=sys.stderr, flush=True)
     if not results:
         print(f"no row matches {options.rows}; rows are matched by group and name", file=sys.stderr)

@@ -5,6 +5,7 @@ Legend of shape suffixes: B batch, T tokens, N batch x heads, R chunks of C toke
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,7 +16,10 @@ from titans_ds.config import FeatureConfig, MemoryConfig, RuleConfig
 from titans_ds.memory import Access, NeuralMemory, chunks, kernels, network
 from titans_ds.memory.chunks import Work
 from titans_ds.memory.gates import Coefficients
+from titans_ds.memory.graphed import MemoryGraphs
 from titans_ds.memory.kernels import launch
+from titans_ds.memory.kernels.capture import capture_of
+from titans_ds.memory.kernels.graphs import Graphs, Result, Tensors
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
@@ -64,7 +68,7 @@ class Case:
         shape: label of the size.
         make: what to build on a device; returns a function of `backward` to time.
         flops: counted operations, forward only and with the backward.
-        baseline: other rows' ratios are taken against this project's.
+        ours: this project's, and the whole work: other rows' ratios are taken against the fastest of these.
     """
 
     group: str
@@ -97,7 +101,7 @@ def stepper(forward: Callable[[], Tensor], leaves: Callable[[], list[Tensor]]) -
 
 
 def layer(
-    shape: Shape, kernel: str, semantics: str, graph: bool = True, warps: int | None = None
+    shape: Shape, kernel: str, semantics: str, graph: bool = True, warps: int | None = None, graphs: bool = False
 ) -> Callable[[torch.device], object]:
     """NeuralMemory as titans-pytorch has it: gates once a chunk, momentum, forget gate, all projections learned."""
 
@@ -124,6 +128,7 @@ def layer(
             **LEARNED,  # type: ignore[arg-type]
         )
         memory = NeuralMemory(shape.dim, config, 0).to(device)
+        memory.graphs = MemoryGraphs("auto" if graphs else "off")
         x = leaf(shape.batch, shape.tokens, shape.dim, device=device)
 
         def forward() -> Tensor:
@@ -148,28 +153,35 @@ def _with_warps(warps: int, step: Callable[[bool], None]) -> Callable[[bool], No
     return run
 
 
-def core(shape: Shape, kernel: str, hidden: int) -> Callable[[torch.device], object]:
+def core(shape: Shape, kernel: str, hidden: int, graphs: bool = False) -> Callable[[torch.device], object]:
     """Reads and writes alone, from keys, values, queries and step sizes; plain gradient descent, `chunk`."""
 
     def make(device: torch.device) -> Callable[[bool], None]:
-        rows, num_chunks = shape.batch * shape.heads, shape.tokens // shape.chunk
-        split = (rows, num_chunks, shape.chunk, shape.head_dim)
-        keys, values, queries = (leaf(*split, device=device, scale=shape.head_dim**-0.5) for _ in range(3))
-        steps = leaf(*split[:3], device=device, dtype=torch.float32, scale=0.01)
-        d = shape.head_dim
-        w = [leaf(rows, *s, device=device, dtype=torch.float32, scale=s[1] ** -0.5) for s in ((hidden, d), (d, hidden))]
-        active = torch.ones(split[:3], dtype=torch.bool, device=device)
-        inner = Inner(RuleConfig(chunk_size=shape.chunk), Form(), torch.ones(2, device=device), 1)
+        rows, num_chunks, d = shape.batch * shape.heads, shape.tokens // shape.chunk, shape.head_dim
+        split = (rows, num_chunks, shape.chunk, d)
+        given = {n: leaf(*split, device=device, scale=d**-0.5) for n in ("keys", "values", "queries")}
+        given["steps"] = leaf(*split[:3], device=device, dtype=torch.float32, scale=0.01)
+        for name, matrix in (("w0", (hidden, d)), ("w1", (d, hidden))):
+            given[name] = leaf(rows, *matrix, device=device, dtype=torch.float32, scale=matrix[1] ** -0.5)
+
+        def run(given: Tensors, _: Tensors) -> Result:
+            active = torch.ones(split[:3], dtype=torch.bool, device=device)
+            inner = Inner(RuleConfig(chunk_size=shape.chunk), Form(), torch.ones(2, device=device), 1)
+            coefficients, pairs = Coefficients(given["steps"]), Pairs(given["keys"], given["values"])
+            work = Work(pairs, active, coefficients, active[..., 0], num_chunks, num_chunks)
+            fast = Fast((given["w0"], given["w1"]))
+            with kernels.choice(kernel):
+                reads, _ = chunks.run(fast, work, inner, given["queries"], contextlib.nullcontext)
+            assert reads is not None
+            return Result({"reads": reads})
+
+        replays, where = Graphs(), capture_of(device) if graphs else None
 
         def forward() -> Tensor:
-            done = active[..., 0]
-            work = Work(Pairs(keys, values), active, Coefficients(steps), done, num_chunks, num_chunks)
-            with kernels.choice(kernel):
-                reads, _ = chunks.run(Fast(tuple(w)), work, inner, queries, torch.enable_grad)
-            assert reads is not None
-            return reads
+            found = None if where is None else replays.call(where, "core", run, given, {})
+            return (found or run(given, {}).outputs)["reads"]
 
-        return stepper(forward, lambda: [keys, values, queries, steps, *w])
+        return stepper(forward, lambda: list(given.values()))
 
     return make
 

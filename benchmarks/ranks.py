@@ -3,18 +3,21 @@
     python -m benchmarks.ranks --out ranks.json                                   # tiny, on the CPU (gloo) or the GPUs
     python -m benchmarks.ranks --base qwen3.5-9b-random --dtype bfloat16 --tokens 4096 --checkpointing --out ranks.json
 
-Every row is a launch of its own through `deepspeed`. `one` has one lane on one rank, what a second GPU's speed is held
-against; `same` has all lanes on one rank, what the losses are held against. A row that fails is a row of the table.
+Rows with as many ranks share a launch through `deepspeed`, one engine after the other; a row that fails there is tried
+once more in a launch of its own, and where it fails again it is a row of the table that says so. `one` has one lane on
+one rank, what a second GPU's speed is held against; `same` has all lanes on one rank, what the losses are held against.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +31,7 @@ import torch
 from benchmarks.program import save
 from benchmarks.train_step import RandomLanes, add_base, load_base, model_settings, now, peak, reset_peak
 from launch.demo_stages import launcher
+from launch.sweeping.processes import kill_tree
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
 from titans_ds.errors import TitansError
 from titans_ds.training import build, ranks
@@ -78,7 +82,7 @@ def main() -> int:
     """Run the program, or as one of its ranks one row; returns the exit code."""
     options = _options()
     try:
-        if options.case:
+        if options.cases:
             measure(options)
         else:
             print(table(collect(options)))
@@ -89,30 +93,76 @@ def main() -> int:
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
-    """Launch the rows one after another; what is there is saved after each."""
-    rows: dict[str, Any] = {}
+    """Launch the rows, those with as many ranks together; what is there is saved after each launch."""
+    rows: dict[str, Any] = {} if options.known is None else json.loads(options.known.read_text())["rows"]
     report = {"rows": rows, "command": " ".join(["python -m benchmarks.ranks", *sys.argv[1:]]), "versions": versions()}
-    for name in options.rows or CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "row.json"
-            command = [*launcher(CASES[name].ranks), str(Path(__file__).resolve()), *sys.argv[1:]]
-            command += ["--case", name, "--out", str(out)]
-            try:
-                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=options.row_seconds)
-                failed = done.stderr.strip()[-300:]
-            except subprocess.TimeoutExpired:
-                failed = f"gave up after {options.row_seconds} s"
-            rows[name] = json.loads(out.read_text()) if out.is_file() else {"error": failed}
-        print(name, {k: v for k, v in rows[name].items() if k != "losses"}, file=sys.stderr, flush=True)
+    pending = [name for name in options.rows or CASES if name not in rows]
+    while pending:
+        group = [name for name in pending if CASES[name].ranks == CASES[pending[0]].ranks]
+        found, failed = launch(group, options)
+        if not found:  # alone in a fresh process, or the first of one: it is not for want of room
+            found = {group[0]: {"error": failed}}
+        rows |= found
+        pending = [name for name in pending if name not in found]
         save(report, options.out)
+    report["rows"] = {name: rows[name] for name in CASES if name in rows}
+    save(report, options.out)
     return report
 
 
+def launch(names: list[str], options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The rows of one launch, as far as it came, and the end of what it said."""
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        command = [*launcher(CASES[names[0]].ranks), str(Path(__file__).resolve()), *sys.argv[1:]]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [*command, "--cases", *names, "--folder", text], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            )
+            found = _await_rows(process, folder, names, options.row_seconds)
+        said = (folder / "log").read_bytes().decode(errors="replace").strip()[-2000:]
+    return found, said or f"no row within {options.row_seconds} s"
+
+
+def _await_rows(process: subprocess.Popen[bytes], folder: Path, names: list[str], row_seconds: float) -> dict[str, Any]:
+    """Rows as they come; a launch that makes none for too long is ended, with all its ranks."""
+    found: dict[str, Any] = {}
+    last = time.monotonic()
+    try:
+        while process.poll() is None and time.monotonic() - last < row_seconds:
+            time.sleep(0.2)
+            if _new_rows(folder, names, found):
+                last = time.monotonic()
+    finally:
+        kill_tree(process.pid)
+        process.wait()
+    _new_rows(folder, names, found)
+    return found
+
+
+def _new_rows(folder: Path, names: list[str], found: dict[str, Any]) -> bool:
+    new = [name for name in names if name not in found and (folder / f"{name}.json").is_file()]
+    for name in new:
+        found[name] = json.loads((folder / f"{name}.json").read_text())
+        print(name, {k: v for k, v in found[name].items() if k != "losses"}, file=sys.stderr, flush=True)
+    return bool(new)
+
+
 def measure(options: argparse.Namespace) -> None:
-    """As one rank: train a few steps, and let rank 0 write the row."""
-    case = CASES[options.case]
+    """As one rank: the rows of this launch, each written by rank 0."""
     start_ranks()
-    device = local_device()
+    for name in options.cases:
+        row = measure_case(options, CASES[name], local_device())
+        if ranks.rank() == 0:
+            save(row, options.folder / f"{name}.json")
+        gc.collect()  # engine and model refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    stop_ranks()
+
+
+def measure_case(options: argparse.Namespace, case: Case, device: torch.device) -> dict[str, Any]:
+    """Train a few steps; the row, on every rank."""
     engine, config = make_engine(options, case, device)
     lanes = RankLanes(case.lanes, options.tokens, build.vocabulary_of(engine.module.model.base_model))
     carried, seconds, losses, world = Carried(), [], [], ranks.world_size()
@@ -125,21 +175,21 @@ def measure(options: argparse.Namespace) -> None:
         engine.step(options.lr, skip=False)
         seconds += [now(device) - start] * (step >= options.warmup)
         losses.append(sum(ranks.gather(float(passes.loss_sum))) / passes.targets)
-    most = max(ranks.gather(peak(device)))
-    share = communication_share(engine, lanes, carried, config, device)
     row = {
         "losses": losses,
         "seconds": seconds,
         "tokens_per_second": case.lanes * options.tokens * options.window / statistics.median(seconds),
-        "peak_gib": most / 2**30,
+        "peak_gib": max(ranks.gather(peak(device))) / 2**30,
         "optimizer_bytes": ranks.gather(engine.optimizer_state_bytes()),
         "parameter_bytes": ranks.gather(parameter_bytes(engine)),
-        "communication_share": share,
+        "communication_share": communication_share(engine, lanes, carried, config, device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     }
-    if ranks.rank() == 0:
-        save(row, options.out)
-    stop_ranks()
+    engine.close()
+    for parameter in engine.module.parameters():  # DeepSpeed goes on holding a model that ZeRO-3 has partitioned
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
+    return row
 
 
 class RankLanes:
@@ -259,8 +309,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rows", nargs="+", choices=sorted(CASES), metavar="ROW", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--known", type=Path, help="a report of other rows, made on this machine: take them from there")
     parser.add_argument("--row-seconds", type=float, default=240, help="give a row up after this")
-    parser.add_argument("--case", choices=sorted(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()

@@ -180,8 +180,10 @@ def launcher(ranks: int) -> list[str]:
     found = shutil.which("deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if found is None:
         raise TitansError("the command `deepspeed` is not installed in this environment; run `make setup`")
+    import torch
+
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip().isdigit()]
     # Given a number, the launcher takes the machine's first GPUs, whatever that variable says.
     chosen = ["--include", f"localhost:{','.join(visible[:ranks])}"]
-    count = chosen if len(visible) >= ranks else ["--num_accelerators", str(ranks)]
+    count = chosen if len(visible) >= ranks and torch.cuda.is_available() else ["--num_accelerators", str(ranks)]
     return [found, "--quiet", *count, "--master_port", str(free_port())]

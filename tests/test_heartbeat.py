@@ -8,12 +8,14 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from titans_ds.errors import ConfigError
 from titans_ds.training.run_folder import RunFolder
+from titans_ds.zero import engine
 from titans_ds.zero.heartbeat import LIMIT, LOST, Heartbeat, limit_seconds, lost_contact
 
 SECONDS = 2.0
@@ -145,3 +147,15 @@ def test_a_request_to_stop_is_for_one_start(tmp_path: Path) -> None:
     (tmp_path / "run" / "stop").touch()
     assert folder.asked_to_stop
     assert not RunFolder.reopen(tmp_path / "run", "", 0, False).asked_to_stop
+
+
+def test_a_rank_takes_its_gpu_before_the_first_collective_of_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL sends objects through the current GPU, and every rank starts with the first one."""
+    order: list[str] = []
+    monkeypatch.setenv("RANK", "0")
+    fake = SimpleNamespace(init_distributed=lambda **_: order.append("init"))
+    monkeypatch.setattr(engine, "import_deepspeed", lambda: fake)
+    monkeypatch.setattr(engine, "local_device", lambda: order.append("device"))
+    monkeypatch.setattr(engine, "start_heartbeat", lambda: order.append("objects"))
+    engine.start_ranks()
+    assert order == ["init", "device", "objects"]

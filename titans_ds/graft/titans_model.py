@@ -28,6 +28,7 @@ from titans_ds.graft.padding import as_right_padded
 from titans_ds.graft.replay import replay
 from titans_ds.graft.session import MemorySession
 from titans_ds.memory import Access, Controls, LayerState, MemoryState, Tape
+from titans_ds.memory.graphed import Choice, MemoryGraphs
 
 
 class TitansModel(nn.Module):
@@ -265,6 +266,11 @@ class TitansModel(nn.Module):
             yield
         finally:
             self._controls = before
+
+    def use_memory_graphs(self, choice: Choice) -> None:
+        """Replay memories that write as CUDA graphs: `auto`, `on` or `off`, as a new model has it (docs/kernels.md)."""
+        for grafted in self.memories.values():
+            grafted.memory.graphs = MemoryGraphs(choice)
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from titans_ds.config import MemoryConfig
 from titans_ds.memory import chunks, features, network
 from titans_ds.memory.chunks import Stream, Work
 from titans_ds.memory.fast_state import first_state, pack, unpack
 from titans_ds.memory.gates import GateValues, coefficients, log_keeps
+from titans_ds.memory.graphed import Inputs, MemoryGraphs
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.parts import MemoryParts, Written
 from titans_ds.memory.positions import Positions, last_token
@@ -57,6 +59,10 @@ class Access:
 class NeuralMemory(MemoryParts):
     """The memory of one layer: see MemoryParts for its arguments."""
 
+    def __init__(self, hidden_size: int, config: MemoryConfig, layer_index: int) -> None:
+        super().__init__(hidden_size, config, layer_index)
+        self.graphs = MemoryGraphs()
+
     def forward(
         self,
         hidden_BTH: Tensor,
@@ -81,6 +87,22 @@ class NeuralMemory(MemoryParts):
             moved on by these tokens where the queries are convolved); stats, each [B]: inner_loss_before,
             inner_loss_after, write_norm.
         """
+        inputs = Inputs(hidden_BTH, state, mask_BT, reset_B, queries_ND)
+        replayed = self.graphs.answer(self, inputs, access)
+        if replayed is not None:
+            return replayed
+        return self.compute(hidden_BTH, state, mask_BT, reset_B, access, queries_ND)
+
+    def compute(
+        self,
+        hidden_BTH: Tensor,
+        state: LayerState | None,
+        mask_BT: Tensor | None,
+        reset_B: Tensor | None,
+        access: Access,
+        queries_ND: Tensor | None,
+    ) -> tuple[Tensor, LayerState, LayerState]:
+        """`forward`, kernel by kernel. Never waits for the device, so that it can be captured."""
         fresh = state is None
         state = self._start(hidden_BTH, state, reset_B, access)
         positions = Positions.of(mask_BT, hidden_BTH.shape[0], hidden_BTH.shape[1], hidden_BTH.device)
@@ -147,7 +169,7 @@ class NeuralMemory(MemoryParts):
         steps = self.config.inner_steps if controls.inner_steps is None else controls.inner_steps
         if access.write or access.record is not None or access.replay is not None:
             sizes = self.step_sizes(state["w0"]) * controls.sign
-        else:  # a read needs none; making them waits for the device
+        else:  # a read needs none
             sizes = state["w0"].new_empty(0)
         return Inner(self.config.rule, form, sizes, steps, access.derived, self.fan)
 

@@ -171,7 +171,10 @@ class MemoryParts(nn.Module):
         """theta of each matrix, [depth], as `like`."""
         if self.config.learn_step_size:
             return self.log_step_sizes.to(like.dtype).exp()
-        return torch.tensor(self.config.step_sizes, dtype=like.dtype, device=like.device)
+        sizes = self.config.step_sizes  # filled in on the device: a copy from the host would wait for it
+        if len(set(sizes)) == 1:
+            return like.new_full((len(sizes),), sizes[0])
+        return torch.cat([like.new_full((1,), theta) for theta in sizes])
 
     def _normed(self, hidden: Tensor) -> Tensor:
         return features.rms_norm(hidden, self.pre_norm) if self.config.features.pre_norm else hidden

@@ -40,7 +40,7 @@ class Record:
         self.queries = queries.detach()
         if not read.requires_grad:  # nothing before it learns
             read = read.detach().requires_grad_()
-        read.register_hook(self._hear)  # type: ignore[no-untyped-call]
+        read.register_hook(self.hear)  # type: ignore[no-untyped-call]
         return read
 
     def answer(self, read: Tensor) -> Tensor:
@@ -56,7 +56,8 @@ class Record:
         self.queries = None if self.queries is None else to_host(self.queries)
         self.read_gradient = None if self.read_gradient is None else to_host(self.read_gradient)
 
-    def _hear(self, gradient: Tensor) -> None:
+    def hear(self, gradient: Tensor) -> None:
+        """Take g."""
         self.read_gradient = gradient.detach()
 
 

@@ -93,6 +93,7 @@ def _graft(base: nn.Module, config: TrainConfig, train_base: bool) -> TitansMode
             parameter.data = parameter.data.to(dtype)  # as DeepSpeed casts the module; optimizer state stays fp32
     for module in model.grafted_modules().values():
         module.to(dtype)
+    model.use_memory_graphs(config.training.memory_graphs)
     return model
 
 

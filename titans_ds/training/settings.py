@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from titans_ds.config import GraftConfig, LoraSettings, Order, check_choices, check_trainable
 from titans_ds.errors import ConfigError
+from titans_ds.memory.graphed import Choice as MemoryGraphsChoice
 from titans_ds.training.compiled import Compile
 from titans_ds.training.loss import LossKernel, check_kernel
 from titans_ds.training.segments import Layout, Reset
@@ -139,6 +140,9 @@ class TrainingSettings:
             on a GPU, where it is installed.
         compile: torch.compile for each layer's norms and MLP (`mlp`), or its token mixer, too (`layers`). Not under
             ZeRO-3, and not through_base, which needs second derivatives.
+        memory_graphs: replay what a memory computes as CUDA graphs, a forward and a backward one: `auto`, where it is
+            chunked and runs on a GPU; `on`, every memory, and an error where there are no graphs (on a CPU, under
+            ZeRO-3); or `off`. A graph's backward computes the forward again. See docs/kernels.md.
         seed: of everything random.
         log_interval: steps between lines of metrics.
         nonfinite_limit: stop after this many steps in a row with a loss, gradient or state that is not finite.
@@ -156,6 +160,7 @@ class TrainingSettings:
     loss_chunk_tokens: int = 1024
     loss_kernel: LossKernel = "auto"
     compile: Compile = "none"
+    memory_graphs: MemoryGraphsChoice = "auto"
     seed: int = 0
     log_interval: int = 1
     nonfinite_limit: int = 10

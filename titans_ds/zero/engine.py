@@ -53,6 +53,7 @@ def start_ranks(timeout: timedelta = _TIMEOUT) -> None:
         deepspeed.init_distributed(timeout=timeout, verbose=False, distributed_port=port)
     except Exception as error:
         raise explain(error) from error
+    local_device()  # collectives of objects go through the current GPU, which is the first one on every rank until now
     start_heartbeat()
 
 
@@ -100,7 +101,7 @@ class DeepSpeedEngine(Generic[Module]):
 
     def __init__(self, module: Module, optimizer: SkippableAdamW, config: dict[str, Any], device: torch.device) -> None:
         self._module, self._device, self.optimizer = module, device, optimizer
-        optimizer.agree = _any_rank
+        optimizer.agree = lambda flag: _any_rank(flag, device)
         self._engine = import_deepspeed().initialize(model=module, optimizer=cast(Any, optimizer), config=config)[0]
         offloaded = config.get("zero_optimization", {}).get("offload_optimizer") or {}
         self._offloaded = offloaded.get("device", "none") != "none"
@@ -168,6 +169,10 @@ class DeepSpeedEngine(Generic[Module]):
                 whole[name] = value.detach().cpu().clone()
         return whole
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks and buffers off the module, so that both can be freed; the engine runs no more."""
+        self._engine.destroy()
+
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank."""
         return self.optimizer.state_bytes()
@@ -201,8 +206,9 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def _any_rank(flag: Tensor) -> Tensor:
-    flag = flag.float()
+def _any_rank(flag: Tensor, device: torch.device) -> Tensor:
+    """Through the ranks' own devices: an offloaded optimizer's flag is on the CPU, where NCCL sends nothing."""
+    flag = flag.float().to(device)
     torch.distributed.all_reduce(flag)
     return flag > 0
 
