@@ -129,7 +129,7 @@ def faking(engine: str | None, counter: Counter) -> Iterator[None]:
         narrow = max(keys.shape[3], fast.weights[0].shape[1]) <= kernels.MOST_WIDTH
         return None if engine == "loop" else kernels.Engine(engine == "triton", engine == "triton" and narrow)
 
-    modules = [f"titans_ds.memory.kernels.{name}_kernels" for name in ("chunk", "head", "scan", "span")]
+    modules = [f"titans_ds.memory.kernels.{name}_kernels" for name in ("chunk", "head", "pair", "scan", "span")]
     patches = [mock.patch.object(nn.Module, "_apply", _convert)]
     if engine is not None:
         patches.append(mock.patch.object(heads, "can", return_value=engine == "triton"))

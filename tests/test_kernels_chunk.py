@@ -61,6 +61,29 @@ def test_random_shapes(seed) -> None:
         assert (left.double() - right).norm() <= 1e-4 * right.norm() + 1e-7, index
 
 
+WIDE = ("titans", "by chunk", "plain", "constant momentum", "hidden scale, shift")
+
+
+@needs_triton
+@pytest.mark.parametrize("seed", range(10))
+def test_span_of_wide_heads(seed, monkeypatch) -> None:
+    """Products, and kernels between them."""
+    monkeypatch.setattr(kernels, "MOST_WIDTH", 1)
+    rng, (rule, settings) = random.Random(seed), CASES[WIDE[seed % len(WIDE)]]
+    heads = rng.choice([1, 2])
+    settings = settings | {"dim": heads * rng.choice([4, 19]), "hidden_dim": rng.choice([None, 5, 33])}
+    rule = rule | {"loss": rng.choice(["l2", "dot", "huber"]), "huber_delta": 0.3}
+    made = memory(rule, settings, rng.choice([1, 3, 7]), heads, seed, "span").to(DEVICE)
+    monkeypatch.setattr("titans_ds.memory.kernels.span._LEAST_CHUNKS", rng.choice([2, 64]))
+    monkeypatch.setattr("titans_ds.memory.kernels.span._BLOCK_BYTES", 1)
+    h = text(rng.choice([1, 2]), rng.randint(1, 21), seed)
+    expected = run(made, h, None, "loop", seed != 4)
+    got = run(made.float(), h.float(), None, "triton", seed != 4)
+    assert len(got) == len(expected)
+    for index, (left, right) in enumerate(zip(got, expected, strict=True)):
+        assert (left.double() - right).norm() <= 1e-4 * right.norm() + 1e-7, index
+
+
 @needs_triton
 @pytest.mark.parametrize(("semantics", "graph"), [("chunk", True), ("chunk", False), ("span", True)])
 def test_half_precision_is_as_near_to_fp64_as_the_loop(semantics, graph) -> None:

@@ -89,12 +89,11 @@ def coefficients(values: GateValues, rule: RuleConfig, dtype: torch.dtype) -> Co
     active = values.active.to(dtype)
     surprise = active / active.sum(dim=-1, keepdim=True).clamp(min=1) if rule.reduction == "mean" else active
     relative = None if values.step_size is None else 2 * torch.sigmoid(values.step_size)
-    averaged = rule.optimizer in ("adamw", "muon")
     step = None
-    if relative is not None:
-        step = _mean(relative, values.active)
-        surprise = surprise * (relative / step.unsqueeze(-1).clamp(min=1e-6) if averaged else relative)
-    step = step if averaged else None
+    if relative is not None and rule.optimizer in ("adamw", "muon"):
+        step = _Mean(values.active)(relative)
+        relative = relative / step.unsqueeze(-1).clamp(min=1e-6)
+    surprise = surprise if relative is None else surprise * relative
     if rule.acts_per_token:
         return _by_token(surprise, values, rule)
     return _by_chunk(surprise, step, values, rule)
@@ -102,12 +101,13 @@ def coefficients(values: GateValues, rule: RuleConfig, dtype: torch.dtype) -> Co
 
 def _by_chunk(surprise: Tensor, step: Tensor | None, values: GateValues, rule: RuleConfig) -> Coefficients:
     keep = momentum = None
+    mean = _Mean(values.active)
     if values.forget_gate is not None:
-        keep = torch.sigmoid(-_mean(values.forget_gate, values.active))
+        keep = torch.sigmoid(-mean(values.forget_gate))
     elif rule.forget_gate > 0:
         keep = torch.full_like(surprise[..., 0], 1 - rule.forget_gate)
     if values.momentum is not None:
-        momentum = torch.sigmoid(_mean(values.momentum, values.active))
+        momentum = torch.sigmoid(mean(values.momentum))
     elif rule.has_momentum:
         momentum = torch.full_like(surprise[..., 0], rule.momentum)
     return Coefficients(surprise, keep=keep, momentum_keep=momentum, step=step)
@@ -157,9 +157,14 @@ def _momentum_into_weights(after: Tensor, log_eta: Tensor) -> tuple[Tensor, Tens
     return torch.cat(sums, dim=-1), future
 
 
-def _mean(x: Tensor, active: Tensor) -> Tensor:
-    weight = active.to(x.dtype)
-    return (x.masked_fill(~active, 0) * weight).sum(dim=-1) / weight.sum(dim=-1).clamp(min=1)
+class _Mean:
+    """Of a chunk's active tokens, [..., C] -> [...]; 0 where there is none."""
+
+    def __init__(self, active: Tensor) -> None:
+        self.idle, self.count = ~active, active.sum(dim=-1).clamp(min=1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.masked_fill(self.idle, 0).sum(dim=-1) / self.count
 
 
 def logit(p: float) -> float:

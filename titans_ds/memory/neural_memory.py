@@ -230,10 +230,7 @@ class NeuralMemory(MemoryParts):
         config, rule, num_chunks = self.config, self.config.rule, finished_BR.shape[1]
         keys, values = self._chunked(laid.keys, num_chunks), self._chunked(laid.values, num_chunks)
         active = torch.unflatten(laid.paired.repeat_interleave(config.heads, dim=0), 1, (num_chunks, -1))
-        split = [
-            features.split_heads(part, config.heads) for part in laid.logits.chunk(max(len(rule.token_gates), 1), -1)
-        ]
-        logits = [torch.unflatten(part.squeeze(-1), 1, (num_chunks, -1)) for part in split if part.shape[-1]]
+        logits = self._gate_logits(laid.logits, num_chunks)
         if config.write == "pooled":
             keys, values = pool(keys, active), pool(values, active)
             logits = [pool(part.unsqueeze(-1), active).squeeze(-1) for part in logits]
@@ -243,6 +240,13 @@ class NeuralMemory(MemoryParts):
         coefficients_ = coefficients(gates, rule, call.fast.weights[0].dtype)
         log_keep = log_keeps(gates, rule, coefficients_.surprise) if rule.chunk_semantics == "delta" else None
         return Work(Pairs(keys, values, log_keep), active, coefficients_, finished, *counts)
+
+    def _gate_logits(self, laid_BSG: Tensor, num_chunks: int) -> list[Tensor]:
+        """[B, S, gates * heads] -> of every gate [N, R, C]."""
+        if not self.config.rule.token_gates:
+            return []
+        by_gate = torch.unflatten(laid_BSG, -1, (-1, self.config.heads)).permute(2, 0, 3, 1).flatten(1, 2)
+        return list(torch.unflatten(by_gate, 2, (num_chunks, -1)).unbind())
 
     def _stats(self, fast: Fast, work: Work, call: _Call) -> LayerState:
         return write_stats(call.fast, fast, work, call.inner.form, self.config.heads) if call.access.stats else {}

@@ -79,7 +79,7 @@ def engine(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> Engine | None:
     reason = reason or (None if span else wide) or _obstacle(keys_NRCD, span)
     if name == "triton" and reason is not None:
         raise ConfigError(f"TITANS_DS_KERNEL is 'triton', but {reason}. Set it to 'auto'")
-    fused = wide is None and (name == "triton" or keys_NRCD.dtype != torch.float32)
+    fused = wide is None and (name == "triton" or (keys_NRCD.dtype != torch.float32 and not (span and _spills(fast))))
     if reason is None and (name == "triton" or (name == "auto" and _agrees(keys_NRCD, fast, inner, fused))):
         return Engine(triton=True, fused=fused)
     if not span and not (two and (name == "torch" or keys_NRCD.shape[1] > 1)):
@@ -104,6 +104,11 @@ def _wide(fast: Fast, keys_NRCD: Tensor) -> str | None:
     if max(keys_NRCD.shape[3], fast.weights[0].shape[1]) > MOST_WIDTH or keys_NRCD.shape[2] > MOST_CHUNK:
         return f"it does heads of up to {MOST_WIDTH} and chunks of up to {MOST_CHUNK} tokens"
     return None
+
+
+def _spills(fast: Fast) -> bool:
+    """Whether the backward of `span` keeps more than the registers hold: half a minute to compile, and slow."""
+    return max(fast.weights[0].shape[1:]) > MOST_WIDTH // 2
 
 
 def _obstacle(keys_NRCD: Tensor, span: bool) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from titans_ds.memory import network
-from titans_ds.memory.kernels import launch
+from titans_ds.memory.kernels import launch, pair
 from titans_ds.memory.network import Form
 
 Tensors = dict[str, Tensor]
@@ -29,15 +29,21 @@ class Problem:
         max_gradient_norm: see RuleConfig.
         depth: number of matrices.
         fused: one Triton kernel, for two matrices of a width that it can hold, without a norm.
+        triton: there is Triton for what stands between products.
     """
 
     form: Form
     max_gradient_norm: float | None
     depth: int
     fused: bool
+    triton: bool
+
+    def pair(self, given: Tensors) -> bool:
+        """Whether pair.py does it."""
+        return self.triton and self.depth == 2 and self.max_gradient_norm is None and "scale" not in given
 
 
-def chunk_gradients(given: Tensors, chunks: slice, problem: Problem) -> Sums:
+def chunk_gradients(given: Tensors, chunks: slice, problem: Problem) -> tuple[Sums, pair.Trace | None]:
     """Of some chunks.
 
     Args:
@@ -45,22 +51,32 @@ def chunk_gradients(given: Tensors, chunks: slice, problem: Problem) -> Sums:
             the gradient whose norm is limited, w0, w1, … in the dtype of the keys.
         chunks: which.
         problem: of what.
+
+    Returns:
+        the gradients, and what the backward need not compute again.
     """
     if problem.fused:
-        return launch.span_forward(given, chunks, problem.form, problem.max_gradient_norm)
-    return _chunk_gradients(_part(given, chunks), problem)
+        return launch.span_forward(given, chunks, problem.form, problem.max_gradient_norm), None
+    if problem.pair(given):
+        return pair.forward(given, chunks, problem.form)
+    return _chunk_gradients(_part(given, chunks), problem), None
 
 
-def chunk_gradients_backward(given: Tensors, chunks: slice, problem: Problem, d_sums: Sums, found: Tensors) -> None:
-    """The derivative of `chunk_gradients` in what it was given, everything computed again.
+def chunk_gradients_backward(
+    given: Tensors, chunks: slice, problem: Problem, trace: pair.Trace | None, d_sums: Sums, found: Tensors
+) -> None:
+    """The derivative of `chunk_gradients` in what it was given.
 
     Args:
-        given, chunks, problem: as there.
+        given, chunks, problem, trace: as there.
         d_sums: in the sums; overwritten.
         found: where it goes: into these chunks of what is by chunk, on top of what is there elsewhere.
     """
     if problem.fused:
         launch.span_backward(given, chunks, problem.form, problem.max_gradient_norm, d_sums, found)
+        return
+    if trace is not None:
+        pair.backward(given, chunks, problem.form, trace, d_sums, found)
         return
     leaves = {name: t.detach().requires_grad_() for name, t in _part(given, chunks).items()}
     with torch.enable_grad():

@@ -38,13 +38,12 @@ def by_head(x_BTD: Tensor, heads: int, silu: bool, norm: bool, weight_DH: Tensor
 def can(x_BTD: Tensor, heads: int, silu: bool, norm: bool, dim: int) -> bool:
     """Whether Triton does it here, D = dim: chosen, or found right on this GPU."""
     name, dtypes = chosen(), (torch.bfloat16, torch.float16, torch.float32)
-    if name in ("loop", "torch") or x_BTD.dtype not in dtypes or x_BTD.numel() == 0:
+    here = x_BTD.is_cuda or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
+    if name in ("loop", "torch") or not here or x_BTD.dtype not in dtypes or x_BTD.numel() == 0:
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x_BTD.device.type):
         return False
-    if name == "triton":
-        return x_BTD.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return x_BTD.is_cuda and agrees(Case(x_BTD.device, x_BTD.dtype, heads, dim, silu, norm))
+    return name == "triton" or agrees(Case(x_BTD.device, x_BTD.dtype, heads, dim, silu, norm))
 
 
 @dataclass(frozen=True)

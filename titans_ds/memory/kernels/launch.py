@@ -12,7 +12,7 @@ from titans_ds.memory.network import Form
 # Warps of a program, forward and backward, by the width that it is made for: chosen by spills, see docs/kernels.md.
 WARPS = {64: (8, 4), 128: (8, 8)}
 SPAN_WARPS = {64: (4, 4), 128: (8, 8)}
-_LOSSES = {"l2": 0, "dot": 1, "huber": 2}
+LOSSES = {"l2": 0, "dot": 1, "huber": 2}
 
 
 def options(
@@ -34,7 +34,7 @@ def options(
         "DB": _padded(dim),
         "HB": _padded(hidden),
         "SILU": form.activation == "silu",
-        "LOSS": _LOSSES[form.loss],
+        "LOSS": LOSSES[form.loss],
         "SEPARATE": separate,
         "LIMIT": limited,
         "PRECISION": "tf32" if keys_NRCD.dtype != torch.float32 else "ieee",

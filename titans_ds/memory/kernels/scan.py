@@ -68,9 +68,14 @@ def scan_forward(sums: list[Tensor], start: State, scan: Scan, save: bool) -> tu
     return sums[0], momenta, (weights, momentum)
 
 
+def num_shares(matrix: Tensor, triton: bool) -> int:
+    """Of the derivatives in keep, eta and carry, where they go through a matrix [N, O, I]: one of each program."""
+    return -(-matrix[0].numel() // _BLOCK) if triton else 1
+
+
 def scan_backward(
-    d_reads: Tensor | None, weights: Tensor, momenta: Tensor | None, d_end: State, scan: Scan
-) -> tuple[list[Tensor], Tensor, State]:
+    d_reads: Tensor | None, weights: Tensor, momenta: Tensor | None, d_end: State, scan: Scan, shares: Tensor
+) -> tuple[list[Tensor], State]:
     """The derivative of `scan_forward`.
 
     Args:
@@ -78,27 +83,29 @@ def scan_backward(
         weights, momenta: W_r and S_r, overwritten.
         d_end: in W and S at the end, overwritten.
         scan: the chunks.
+        shares: takes the shares of the derivatives in keep, eta and carry, [3, num_shares, N, R].
 
     Returns:
-        in the sums; in keep, eta and carry, [3, N, R]; in W and S at the start.
+        in the sums; in W and S at the start.
     """
     d = torch.empty_like(weights) if d_reads is None else d_reads
     d_sums = [d, momenta] if scan.separate and momenta is not None else [d]
     if scan.triton:
-        return d_sums, *_launch_backward(d, weights, momenta, d_end, scan, d_reads is not None)
-    (d_w, d_s), d_factors = d_end, torch.zeros(3, *scan.keep.shape, dtype=scan.keep.dtype, device=d.device)
+        _launch_backward(d, weights, momenta, d_end, scan, shares, d_reads is not None)
+        return d_sums, d_end
+    d_w, d_s = d_end
     for r in reversed(range(weights.shape[1])):
         d_read = None if d_reads is None else d_reads[:, r].to(d_w.dtype, copy=True)
-        d_factors[0, :, r] = _dot(d_w, weights[:, r])
+        shares[0, 0, :, r] = _dot(d_w, weights[:, r])
         d[:, r] = d_w if d_s is None or scan.separate else d_w + d_s
         if d_s is not None and momenta is not None:
-            d_factors[1, :, r], d_factors[2, :, r] = _dot(d_s, momenta[:, r]), _dot(d_w, momenta[:, r])
+            shares[1, 0, :, r], shares[2, 0, :, r] = _dot(d_s, momenta[:, r]), _dot(d_w, momenta[:, r])
             if scan.separate:
                 momenta[:, r] = d_s
             d_s = (d_s * _rows(scan.eta[:, r])).addcmul_(d_w, _rows(scan.carry[:, r]))
         d_w = d_w * _rows(scan.keep[:, r])
         d_w = d_w if d_read is None else d_w.add_(d_read)
-    return d_sums, d_factors, (d_w, d_s)
+    return d_sums, (d_w, d_s)
 
 
 def _rows(factor_N: Tensor) -> Tensor:
@@ -125,23 +132,18 @@ def _launch_forward(sums: list[Tensor], momenta: Tensor | None, start: State, sc
 
 
 def _launch_backward(
-    d: Tensor, weights: Tensor, momenta: Tensor | None, d_end: State, scan: Scan, reads: bool
-) -> tuple[Tensor, State]:
+    d: Tensor, weights: Tensor, momenta: Tensor | None, d_end: State, scan: Scan, shares: Tensor, reads: bool
+) -> None:
     from titans_ds.memory.kernels.scan_kernels import scan_backward
 
     num_rows, num_chunks, entries = weights.flatten(2).shape
-    blocks = -(-entries // _BLOCK)
-    make = torch.empty if scan.momentum else torch.zeros
-    shares = make(3, blocks, num_rows, num_chunks, dtype=scan.keep.dtype, device=d.device)
     d_weights, d_momentum = d_end
-    scan_backward[(num_rows, blocks)](
+    scan_backward[(num_rows, shares.shape[1])](
         d, weights, weights if momenta is None else momenta, scan.keep, scan.eta, scan.carry,
         d_weights, d_weights if d_momentum is None else d_momentum, shares,
-        num_chunks, entries, scan.keep.stride(0), shares.stride(0),
+        num_chunks, entries, scan.keep.stride(0), shares.stride(0), shares.stride(2),
         MOMENTUM=scan.momentum, SEPARATE=scan.separate, READS=reads, BLOCK=_BLOCK, num_warps=1,
     )  # fmt: skip
-    # Not by atomics: every run is the same.
-    return shares.sum(dim=1), d_end
 
 
 def _by_row(t: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def scan_backward(
     keep_ptr, eta_ptr, carry_ptr,  # [N, R]
     dw_ptr, ds_ptr,  # [N, X]: in W and S at the end, overwritten by those at the start
     share_ptr,  # [3, blocks, N, R]: each program's share of the derivatives in keep, eta and carry
-    R, X, factor_stride, share_stride,
+    R, X, factor_stride, share_stride, share_row,
     MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr, READS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, X / BLOCK)."""
@@ -84,7 +84,7 @@ def scan_backward(
     keep_ptr += n * factor_stride
     eta_ptr += n * factor_stride
     carry_ptr += n * factor_stride
-    share_ptr += (tl.program_id(1) * tl.num_programs(0) + n) * R
+    share_ptr += (tl.program_id(1) * tl.num_programs(0) + n) * share_row
     dw = tl.load(dw_ptr + n * X + x, inside, 0.0)
     ds = tl.zeros_like(dw)
     if MOMENTUM:

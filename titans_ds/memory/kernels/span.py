@@ -22,7 +22,7 @@ from titans_ds.memory.kernels import Engine
 from titans_ds.memory.kernels.factors import factors
 from titans_ds.memory.kernels.gradients import Problem, Sums, Tensors, chunk_gradients, chunk_gradients_backward
 from titans_ds.memory.kernels.reads import read, read_backward
-from titans_ds.memory.kernels.scan import Scan, State, scan_backward, scan_forward
+from titans_ds.memory.kernels.scan import Scan, State, num_shares, scan_backward, scan_forward
 from titans_ds.memory.network import Weights
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
@@ -40,14 +40,12 @@ class Plan:
         names: of the tensors, in order.
         first_order: only the reads are differentiated, and W_0 only where the first chunk reads it.
         block: chunks worked on at a time.
-        triton: scan by the Triton kernel.
     """
 
     problem: Problem
     names: tuple[str, ...]
     first_order: bool
     block: int
-    triton: bool
 
     @property
     def depth(self) -> int:
@@ -84,8 +82,9 @@ def run_span(
     tensors = _tensors(fast, pairs, c, finished_NR, inner, graph)
     if queries_NRCD is not None:
         tensors["queries"] = queries_NRCD
-    problem = Problem(replace(inner.form, norm=None), inner.rule.max_gradient_norm, len(fast.weights), engine.fused)
-    plan = Plan(problem, tuple(tensors), not graph, _block_size(pairs.keys, fast.weights), engine.triton)
+    form, depth = replace(inner.form, norm=None), len(fast.weights)
+    problem = Problem(form, inner.rule.max_gradient_norm, depth, engine.fused, engine.triton)
+    plan = Plan(problem, tuple(tensors), not graph, _block_size(pairs.keys, fast.weights))
     outputs = SpanMemory.apply(plan, *tensors.values())  # type: ignore[no-untyped-call]
     states = outputs if queries_NRCD is None else outputs[1:]
     if not graph:
@@ -129,12 +128,14 @@ class SpanMemory(torch.autograd.Function):
         starts, narrow = [_states(given, plan)], _narrow(given)
         reads = [torch.empty_like(given["queries"])] if "queries" in given else []
         for chunks in plan.blocks(given["keys"].shape[1]):
-            weights, _, end = _scan(given, narrow, chunks, starts[-1], plan, save=False)
+            sums, _ = chunk_gradients(narrow, chunks, plan.problem)
+            weights, _, end = _scan(given, sums, chunks, starts[-1], plan, save=False)
             starts.append(end)
             for out in reads:
                 read(weights, given["queries"], chunks, plan.problem, out)
-            del weights
+            del sums, weights
         ctx.plan = plan
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             *given.values(), *(t for start in starts[1:-1] for s in start for t in s if t is not None)
         )
@@ -142,7 +143,7 @@ class SpanMemory(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         given, starts = _kept(ctx)
         back = _first_order if plan.first_order else _second_order
@@ -184,76 +185,98 @@ def _kept(ctx: Any) -> tuple[Tensors, list[list[State]]]:
 def _of(given: Tensors, chunks: slice, plan: Plan) -> Scan:
     keep = given["keep"][:, chunks]
     eta, carry = (given[n][:, chunks] if n in given else keep for n in ("eta", "carry"))
-    return Scan(keep, eta, carry, "s0" in given, "b" in given, plan.triton)
+    return Scan(keep, eta, carry, "s0" in given, "b" in given, plan.problem.triton)
 
 
 def _scan(
-    given: Tensors, narrow: Tensors, chunks: slice, start: list[State], plan: Plan, save: bool
+    given: Tensors, sums: Sums, chunks: slice, start: list[State], plan: Plan, save: bool
 ) -> tuple[list[Tensor], list[Tensor | None], list[State]]:
-    """W_r and (save) S_r of a block by matrix, and its end."""
-    scan, sums = _of(given, chunks, plan), chunk_gradients(narrow, chunks, plan.problem)
+    """W_r and (save) S_r of a block by matrix, and its end; the sums are overwritten."""
+    scan = _of(given, chunks, plan)
     results = [scan_forward(sums[level], start[level], scan, save) for level in range(plan.depth)]
     return [w for w, _, _ in results], [s for _, s, _ in results], [end for _, _, end in results]
 
 
-def _first_order(given: Tensors, starts: list[list[State]], plan: Plan, d_outputs: list[Tensor]) -> Tensors:
+def _first_order(given: Tensors, starts: list[list[State]], plan: Plan, d_outputs: list[Tensor | None]) -> Tensors:
     """In the queries, and in W_0 from the first chunk's reads."""
-    if "queries" not in given:
+    d_read = d_outputs[0] if "queries" in given else None
+    if d_read is None:
         return {}
-    narrow, found, d_reads = _narrow(given), {"queries": torch.empty_like(given["queries"])}, d_outputs[0].contiguous()
+    narrow, found, d_reads = _narrow(given), {"queries": torch.empty_like(given["queries"])}, d_read.contiguous()
     for index, chunks in enumerate(plan.blocks(given["keys"].shape[1])):
-        weights, _, _ = _scan(given, narrow, chunks, starts[index], plan, save=False)
+        sums, _ = chunk_gradients(narrow, chunks, plan.problem)
+        weights, _, _ = _scan(given, sums, chunks, starts[index], plan, save=False)
         d_weights = read_backward(weights, given["queries"], chunks, plan.problem, d_reads, found["queries"])
         if index == 0:
             found |= {f"w{level}": d[:, 0].to(given["w0"].dtype) for level, d in enumerate(d_weights)}
     return found
 
 
-def _second_order(given: Tensors, starts: list[list[State]], plan: Plan, d_outputs: list[Tensor]) -> Tensors:
+def _second_order(given: Tensors, starts: list[list[State]], plan: Plan, d_outputs: list[Tensor | None]) -> Tensors:
     """In everything, from the last block to the first."""
-    d_reads = d_outputs.pop(0).contiguous() if "queries" in given else None
-    d_states = [d.clone(memory_format=torch.contiguous_format) for d in d_outputs]
+    d_read = d_outputs[0] if "queries" in given else None
+    d_reads = None if d_read is None else d_read.contiguous()
+    d_states = _own(d_outputs[-(1 + ("s0" in given)) * plan.depth :], given, plan)
     d_end: list[State] = [(d_states[i], d_states[i + plan.depth] if "s0" in given else None) for i in range(plan.depth)]
     narrow, found = _narrow(given), _places(given, plan)
-    d_factors = given["keep"].new_zeros(3, *given["keep"].shape)
+    if d_reads is not None:
+        found["queries"] = torch.empty_like(d_reads)
+    shares = given["keep"].new_empty(3, sum(_shares(given, plan)), *given["keep"].shape)
     for index, chunks in reversed(list(enumerate(plan.blocks(given["keys"].shape[1])))):
-        d_sums, d_end = _block_backward(given, narrow, chunks, starts[index], plan, d_reads, d_end, d_factors, found)
-        chunk_gradients_backward(narrow, chunks, plan.problem, d_sums, found)
-        del d_sums
+        sums, trace = chunk_gradients(narrow, chunks, plan.problem)
+        sums, d_end = _block_backward(given, sums, chunks, starts[index], plan, d_reads, d_end, shares, found)
+        chunk_gradients_backward(narrow, chunks, plan.problem, trace, sums, found)
+        del sums, trace
     for level, (d_weight, d_momentum) in enumerate(d_end):
         found[f"w{level}"] += d_weight
         if d_momentum is not None:
             found[f"s{level}"] = d_momentum
-    return found | dict(zip(("keep", "eta", "carry"), d_factors.unbind(), strict=True))
+    return found | dict(zip(("keep", "eta", "carry"), shares.sum(dim=1), strict=True))
+
+
+def _shares(given: Tensors, plan: Plan) -> list[int]:
+    return [num_shares(given[f"w{level}"], plan.problem.triton) for level in range(plan.depth)]
+
+
+def _own(d_states: list[Tensor | None], given: Tensors, plan: Plan) -> list[Tensor]:
+    """Copies to work on, zeros where nothing depends on a state."""
+    likes = [given[f"w{level}"] for level in range(plan.depth)] * 2
+    return [
+        torch.zeros_like(like, memory_format=torch.contiguous_format)
+        if d is None
+        else d.clone(memory_format=torch.contiguous_format)
+        for d, like in zip(d_states, likes, strict=False)
+    ]
 
 
 def _places(given: Tensors, plan: Plan) -> Tensors:
     """Where derivatives go: written chunk by chunk, or summed."""
-    found = {n: torch.empty_like(given[n]) for n in ("queries", "keys", "values", "a", "b", "c") if n in given}
+    found = {n: torch.empty_like(given[n]) for n in ("keys", "values", "a", "b", "c") if n in given}
     summed = [*(n for n in ("scale", "bias") if n in given), *(f"w{i}" for i in range(plan.depth))]
     return found | {n: torch.zeros_like(given[n], memory_format=torch.contiguous_format) for n in summed}
 
 
 def _block_backward(
     given: Tensors,
-    narrow: Tensors,
+    sums: Sums,
     chunks: slice,
     start: list[State],
     plan: Plan,
     d_reads: Tensor | None,
     d_end: list[State],
-    d_factors: Tensor,
+    shares: Tensor,
     found: Tensors,
 ) -> tuple[Sums, list[State]]:
-    """In the chunks' gradients, and in W and S at the block's start."""
-    weights, momenta, _ = _scan(given, narrow, chunks, start, plan, save=True)
+    """In the chunks' gradients, which are overwritten, and in W and S at the block's start."""
+    weights, momenta, _ = _scan(given, sums, chunks, start, plan, save=True)
+    sums.clear()
     d_weights: list[Tensor] | list[None] = [None] * plan.depth
     if d_reads is not None:
         d_weights = read_backward(weights, given["queries"], chunks, plan.problem, d_reads, found["queries"])
     scan, d_sums, d_start = _of(given, chunks, plan), [], []
-    for d_w, d_last in zip(d_weights, d_end, strict=True):
-        d_sum, d_factor, d_first = scan_backward(d_w, weights.pop(0), momenta.pop(0), d_last, scan)
-        d_factors[:, :, chunks].add_(d_factor)
+    parts = torch.split(shares[..., chunks], _shares(given, plan), dim=1)
+    for d_w, d_last, part in zip(d_weights, d_end, parts, strict=True):
+        d_sum, d_first = scan_backward(d_w, weights.pop(0), momenta.pop(0), d_last, scan, part)
         d_sums.append(d_sum)
         d_start.append(d_first)
     return d_sums, d_start
