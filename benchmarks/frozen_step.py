@@ -38,6 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "loss": {},
     "mlp": {"compile": "mlp"},
     "layers": {"compile": "layers"},
+    "graphs": {"memory_graphs": "on"},
     "lora": {LORA: True},
     "lora_layers": {LORA: True, "compile": "layers"},
     "plain_again": {"loss_kernel": "chunked"},
@@ -153,6 +154,12 @@ def _config(options: argparse.Namespace, given: dict[str, Any]) -> TrainConfig:
     )
 
 
+def _possible() -> list[str]:
+    """The rows that this machine can run: CUDA graphs need a GPU."""
+    gpu = torch.cuda.is_available() and "--cpu" not in sys.argv
+    return [name for name, given in ROWS.items() if gpu or given.get("memory_graphs") != "on"]
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_base(parser)
@@ -161,7 +168,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=None, help="memory dim (default: 512, or 64 for tiny)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument(
-        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
+        "--rows", nargs="+", choices=list(ROWS), default=_possible(), metavar="ROW", help=", ".join(ROWS)
     )
     parser.add_argument("--steps", type=int, default=8, help="steps of each kind that count (default: 8)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each kind before them (default: 3)")
