@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def main() -> int:
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
     """Launch the rows, those with as many ranks together; what is there is saved after each launch."""
-    rows: dict[str, Any] = {} if options.known is None else json.loads(options.known.read_text())["rows"]
+    rows = {} if options.known is None else known_rows(options.known)
     report = {"rows": rows, "command": " ".join(["python -m benchmarks.ranks", *sys.argv[1:]]), "versions": versions()}
     pending = [name for name in options.rows or CASES if name not in rows]
     while pending:
@@ -105,9 +106,20 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         rows |= found
         pending = [name for name in pending if name not in found]
         save(report, options.out)
-    report["rows"] = {name: rows[name] for name in CASES if name in rows}
+    report["rows"] = {name: rows[name] for name in CASES if name in rows}  # in their order
     save(report, options.out)
     return report
+
+
+def known_rows(path: Path) -> dict[str, Any]:
+    """The rows of a report. Raises TitansError where the file is none."""
+    try:
+        rows: dict[str, Any] = json.loads(path.read_text())["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TitansError(
+            f"--known {path} is no report of benchmarks.ranks ({error}); give what --out wrote"
+        ) from error
+    return {name: row for name, row in rows.items() if name in CASES}
 
 
 def launch(names: list[str], options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -121,7 +133,9 @@ def launch(names: list[str], options: argparse.Namespace) -> tuple[dict[str, Any
             )
             found = _await_rows(process, folder, names, options.row_seconds)
         said = (folder / "log").read_bytes().decode(errors="replace").strip()[-2000:]
-    return found, said or f"no row within {options.row_seconds} s"
+    if process.returncode == -signal.SIGKILL:
+        said += f"\ngave up: no row within {options.row_seconds} s"
+    return found, said
 
 
 def _await_rows(process: subprocess.Popen[bytes], folder: Path, names: list[str], row_seconds: float) -> dict[str, Any]:
@@ -186,9 +200,6 @@ def measure_case(options: argparse.Namespace, case: Case, device: torch.device) 
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     }
     engine.close()
-    for parameter in engine.module.parameters():  # DeepSpeed goes on holding a model that ZeRO-3 has partitioned
-        if hasattr(parameter, "ds_tensor"):
-            parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
     return row
 
 

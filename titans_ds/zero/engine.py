@@ -173,8 +173,11 @@ class DeepSpeedEngine(Generic[Module]):
         return whole
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks and buffers off the module, so that both can be freed; the engine runs no more."""
+        """Free what DeepSpeed holds; the engine runs no more, nor does a module that ZeRO-3 has partitioned."""
         self._engine.destroy()
+        for parameter in self.module.parameters():  # which DeepSpeed goes on holding
+            if hasattr(parameter, "ds_tensor"):
+                parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank."""
