@@ -196,7 +196,7 @@ def measure_case(options: argparse.Namespace, case: Case, device: torch.device) 
         "peak_gib": max(ranks.gather(peak(device))) / 2**30,
         "optimizer_bytes": ranks.gather(engine.optimizer_state_bytes()),
         "parameter_bytes": ranks.gather(parameter_bytes(engine)),
-        "communication_share": communication_share(engine, lanes, carried, config, device),
+        "communication_share": communication_share(engine, lanes, carried, config, device, options.profile),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     }
     engine.close()
@@ -243,9 +243,17 @@ def parameter_bytes(engine: DeepSpeedEngine[Any]) -> int:
 
 
 def communication_share(
-    engine: DeepSpeedEngine[Any], lanes: RankLanes, carried: Carried, config: TrainConfig, device: torch.device
+    engine: DeepSpeedEngine[Any],
+    lanes: RankLanes,
+    carried: Carried,
+    config: TrainConfig,
+    device: torch.device,
+    table: Path | None,
 ) -> float | None:
-    """Share of one step's time in which an NCCL kernel ran, seen by the profiler; None without a GPU."""
+    """Share of one step's time in which an NCCL kernel ran, seen by the profiler; None without a GPU.
+
+    What the profiler saw is added to the file `table`, by kernel.
+    """
     if device.type != "cuda":
         return None
     with _profiler() as profile:
@@ -254,6 +262,9 @@ def communication_share(
         commit(passes, carried)
         engine.step(1e-4, skip=False)
         seconds = now(device) - start
+    if table is not None and ranks.rank() == 0:
+        with table.open("a") as file:
+            print(f"{seconds:.3f} s a step\n{profile.key_averages().table('self_device_time_total', 50)}", file=file)
     nccl = sum(event.device_time_total for event in profile.key_averages() if "nccl" in event.key.lower())
     return nccl / 1e6 / seconds
 
@@ -322,6 +333,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=sorted(CASES), metavar="ROW", help=f"of {', '.join(CASES)}")
     parser.add_argument("--known", type=Path, help="a report of other rows, made on this machine: take them from there")
     parser.add_argument("--row-seconds", type=float, default=240, help="give a row up after this")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="add what the profiler saw of a step of every row")
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)

@@ -12,7 +12,7 @@ from tests.tiny_models import tiny_base
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
 from titans_ds.graft import lora
 from titans_ds.memory.parts import MemoryParts
-from titans_ds.zero.gathering import mark_whole
+from titans_ds.zero.gathering import mark_whole, prefetch_whole
 
 
 def names(model: nn.Module) -> set[str]:
@@ -57,6 +57,14 @@ def test_low_rank_adapters_are_left_alone() -> None:
     leaves = mark_whole(base)
     assert leaves
     assert not any(p.requires_grad for leaf in leaves for p in leaf.parameters())
+
+
+def test_the_largest_layer_is_gathered_ahead() -> None:
+    layers = [nn.Sequential(nn.Linear(n, 10_000, bias=False, device="meta")) for n in (1_000, 9_000, 4_000)]
+    assert prefetch_whole({"stage": 3}, layers) == {"stage": 3, "stage3_prefetch_bucket_size": 90_000_000}
+    given = {"stage": 3, "stage3_prefetch_bucket_size": 7}
+    assert prefetch_whole(given, layers) == given
+    assert prefetch_whole({}, layers[:1]) == prefetch_whole({}, []) == {"stage3_prefetch_bucket_size": 50_000_000}
 
 
 def test_the_launcher_takes_the_gpus_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from titans_ds.zero import slurm
 from titans_ds.zero.adamw import SkippableAdamW
-from titans_ds.zero.gathering import mark_whole
+from titans_ds.zero.gathering import mark_whole, prefetch_whole
 from titans_ds.zero.heartbeat import start_heartbeat
 from titans_ds.zero.ports import free_port
 from titans_ds.zero.start_errors import check_mpi, explain
@@ -103,10 +103,11 @@ class DeepSpeedEngine(Generic[Module]):
     def __init__(self, module: Module, optimizer: SkippableAdamW, config: dict[str, Any], device: torch.device) -> None:
         self._module, self._device, self.optimizer = module, device, optimizer
         optimizer.agree = lambda flag: _any_rank(flag, device)
-        if config.get("zero_optimization", {}).get("stage") == 3:
-            mark_whole(module)
+        zero = config.get("zero_optimization", {})
+        if zero.get("stage") == 3:
+            config = {**config, "zero_optimization": prefetch_whole(zero, mark_whole(module))}
         self._engine = import_deepspeed().initialize(model=module, optimizer=cast(Any, optimizer), config=config)[0]
-        offloaded = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+        offloaded = zero.get("offload_optimizer") or {}
         self._offloaded = offloaded.get("device", "none") != "none"
 
     @property
