@@ -4,8 +4,9 @@
     python -m benchmarks.ranks --base qwen3.5-9b-random --dtype bfloat16 --tokens 4096 --checkpointing --out ranks.json
 
 Rows with as many ranks share a launch through `deepspeed`, one engine after the other; a row that fails there is tried
-once more in a launch of its own, and where it fails again it is a row of the table that says so. `one` has one lane on
-one rank, what a second GPU's speed is held against; `same` has all lanes on one rank, what the losses are held against.
+once more in a launch of its own, and where it fails again it is a row of the table that says so. `one` has the lanes of
+one rank (--lanes), what a second GPU's speed is held against; `same` has the lanes of two on one rank, what the losses
+are held against.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ def measure(options: argparse.Namespace) -> None:
     """As one rank: the rows of this launch, each written by rank 0."""
     start_ranks()
     for name in options.cases:
-        row = measure_case(options, CASES[name], local_device())
+        case = replace(CASES[name], lanes=CASES[name].lanes * options.lanes)
+        row = measure_case(options, case, local_device())
         if ranks.rank() == 0:
             save(row, options.folder / f"{name}.json")
         gc.collect()  # engine and model refer to each other
@@ -232,6 +234,7 @@ def make_engine(
         world_size=ranks.world_size(),
         clip=1.0,
         bf16=options.dtype == "bfloat16",
+        recomputed=options.checkpointing,
     )
     return DeepSpeedEngine(module, make_optimizer(module, OptimizerSettings()), settings, device), config
 
@@ -284,7 +287,7 @@ def _config(options: argparse.Namespace, case: Case) -> TrainConfig:
         window=options.window,
         checkpointing=options.checkpointing,
         offload_activations=case.offload,
-        loss_chunk_tokens=2048,
+        loss_chunk_tokens=options.loss_chunk_tokens,
     )
     return TrainConfig(
         model=model_settings(options.base, options.dtype),
@@ -325,6 +328,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_base(parser)
     parser.add_argument("--tokens", type=int, default=128, help="of a segment")
+    parser.add_argument("--lanes", type=int, default=1, help="of a rank")
+    parser.add_argument("--loss-chunk-tokens", type=int, default=2048, help="see training.loss_chunk_tokens")
     parser.add_argument("--window", type=int, default=4, help="segments of every lane in a step")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--lr", type=float, default=1e-4)

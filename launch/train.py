@@ -157,6 +157,7 @@ def make_engine(
             world_size=world,
             clip=config.optimizer.clip,
             bf16=config.model.dtype == "bfloat16",
+            recomputed=config.training.checkpointing,
         )
         settings = place_nvme(settings)
         check_checkpointable(settings, config.checkpoint.interval)

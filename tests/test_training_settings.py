@@ -108,6 +108,18 @@ def test_shipped_deepspeed_configs(stage: int) -> None:
     assert complete["bf16"] == {"enabled": True}
 
 
+def test_linear_maps_are_pytorchs_own_at_stage_3_where_activations_are_recomputed() -> None:
+    def linear(recomputed: bool, zero: dict[str, Any]) -> Any:
+        whole = {"zero_optimization": zero}
+        made = complete_config(whole, 1, 1, world_size=2, clip=0.0, bf16=True, recomputed=recomputed)
+        return made["zero_optimization"].get("memory_efficient_linear")
+
+    assert linear(True, {"stage": 3}) is False
+    assert linear(False, {"stage": 3}) is None
+    assert linear(True, {"stage": 2}) is None
+    assert linear(True, {"stage": 3, "memory_efficient_linear": True}) is True
+
+
 def test_options_override_the_file(tmp_path: Path) -> None:
     """A dotted option replaces one value, also inside the graft; the launcher's --local_rank is dropped."""
     path = tmp_path / "own.yaml"

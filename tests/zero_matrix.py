@@ -35,7 +35,7 @@ from titans_ds.training.settings import ModelSettings, OptimizerSettings, Traini
 from titans_ds.training.step import Carried, commit, run_passes
 from titans_ds.zero.adamw import SkippableAdamW
 from titans_ds.zero.config import complete_config
-from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
+from titans_ds.zero.engine import DeepSpeedEngine, local_device, restore_linear, start_ranks
 from titans_ds.zero.leaving import leave, stop_ranks
 from titans_ds.zero.loading import partitioned_loading
 
@@ -306,7 +306,9 @@ def main() -> None:
             world_size=world_size,
             clip=clip,
             bf16=case.dtype == "bfloat16",
+            recomputed=case.checkpointing,
         )
+        restore_linear()  # of the case before
         engine = DeepSpeedEngine(module, make_case_optimizer(module, case), config, device)
         results.append(
             compare(case, references[key], run(engine, make_lanes(corpus, rank, world_size), case, world_size))

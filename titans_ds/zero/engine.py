@@ -176,6 +176,7 @@ class DeepSpeedEngine(Generic[Module]):
     def close(self) -> None:
         """Free what DeepSpeed holds; the engine runs no more, nor does a module that ZeRO-3 has partitioned."""
         self._engine.destroy()
+        restore_linear()
         for parameter in self.module.parameters():  # which DeepSpeed goes on holding
             if hasattr(parameter, "ds_tensor"):
                 parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
@@ -200,6 +201,13 @@ class DeepSpeedEngine(Generic[Module]):
         from titans_ds.zero import checkpoint
 
         checkpoint.load(self._engine, folder, universal)
+
+
+def restore_linear() -> None:
+    """Undo ZeRO-3's exchange of torch.nn.functional.linear, which outlives its engine."""
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Init
+
+    nn.functional.linear = getattr(Init, "linear_bk", nn.functional.linear)
 
 
 @contextlib.contextmanager
