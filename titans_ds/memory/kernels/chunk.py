@@ -1,7 +1,8 @@
 """`chunk` in two parts: writes that walk over the chunks and hand out the weights that each of them reads, and reads
 that are large batched products.
 
-The writes are a Triton kernel that keeps the fast weights on the chip (chunk_kernels.py), or PyTorch (chunk_torch.py).
+The writes are a Triton kernel that keeps the fast weights on the chip (chunk_kernels.py), Triton kernels of a product
+each (wide.py), or PyTorch (chunk_torch.py).
 Kept for the backward: the inputs, and the weights (and momentum) before every chunk in the dtype of the keys. A long
 text is cut in blocks of chunks, so that without a graph no more than a block's weights exist at a time.
 
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from titans_ds.memory import network
 from titans_ds.memory.gates import Coefficients
-from titans_ds.memory.kernels import chunk_torch
+from titans_ds.memory.kernels import Engine, chunk_torch, wide
 from titans_ds.memory.kernels.chunk_torch import Inputs
 from titans_ds.memory.kernels.factors import factors
-from titans_ds.memory.kernels.launch import WARPS, numbers, options
+from titans_ds.memory.kernels.launch import WARPS, four, numbers, options
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
@@ -40,7 +41,7 @@ class Plan:
         momentum: there is an S.
         separate: its gradients are weighted otherwise than those of W.
         save_momentum: keep S of every chunk for the backward.
-        triton: which of the two writes.
+        engine: what writes.
     """
 
     form: Form
@@ -48,7 +49,7 @@ class Plan:
     momentum: bool
     separate: bool
     save_momentum: bool
-    triton: bool
+    engine: Engine
 
 
 def run_chunk(
@@ -59,7 +60,7 @@ def run_chunk(
     inner: Inner,
     queries_NRCD: Tensor | None,
     graph: bool,
-    triton: bool,
+    engine: Engine,
 ) -> tuple[Tensor | None, Fast]:
     """Read every chunk with the weights before it, and write all of them.
 
@@ -71,14 +72,14 @@ def run_chunk(
         inner: the inner problem; `kernels.chunks` says which ones are supported.
         queries_NRCD: by chunk; None reads nothing.
         graph: differentiate through the write.
-        triton: write with the Triton kernel.
+        engine: what writes: where fused one Triton kernel, where only `triton` several.
     """
     reads = []
     for block in _blocks(pairs.keys, fast):
         part = Pairs(pairs.keys[:, block], pairs.values[:, block])
         asked = None if queries_NRCD is None else queries_NRCD[:, block]
         with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
-            states, new = _write(fast, part, c.block(block), finished_NR[:, block], inner, graph, triton)
+            states, new = _write(fast, part, c.block(block), finished_NR[:, block], inner, graph, engine)
         if asked is not None:
             reads.append(_read_block(fast, states, asked, inner.form, graph))
         fast = new
@@ -113,11 +114,12 @@ def _read(states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form) -> Tenso
 
 
 def _write(
-    fast: Fast, pairs: Pairs, c: Coefficients, finished_NR: Tensor, inner: Inner, graph: bool, triton: bool
+    fast: Fast, pairs: Pairs, c: Coefficients, finished_NR: Tensor, inner: Inner, graph: bool, engine: Engine
 ) -> tuple[tuple[Tensor, ...], Fast]:
     f = factors(c, finished_NR, inner)
     norm = inner.rule.max_gradient_norm
-    plan = Plan(inner.form, norm, inner.rule.has_momentum, c.to_momentum is not None, graph, triton)
+    momentum = inner.rule.has_momentum
+    plan = Plan(inner.form, norm, momentum, momentum and c.to_momentum is not None, graph, engine)
     out = ChunkWrites.apply(  # type: ignore[no-untyped-call]
         plan, pairs.keys, pairs.values, *vars(f).values(), *fast.weights, *fast.momentum
     )
@@ -134,8 +136,10 @@ class ChunkWrites(torch.autograd.Function):
         ends = [t.clone(memory_format=torch.contiguous_format) for t in given[8:]]
         shape = inputs.keys.shape[:2]
         states = [inputs.keys.new_empty(*shape, *w.shape[1:]) for w in ends[: 4 if plan.save_momentum else 2]]
-        if plan.triton:
+        if plan.engine.fused:
             _launch_forward(plan, inputs, ends, states)
+        elif plan.engine.triton:
+            wide.forward(inputs, plan.form, plan.separate, ends, states)
         else:
             chunk_torch.forward(inputs, plan.form, plan.max_gradient_norm, plan.separate, ends, states)
         if plan.save_momentum:
@@ -152,8 +156,10 @@ class ChunkWrites(torch.autograd.Function):
         d_states = [d.contiguous() for d in d_outputs[:2]]
         d_ends = [d.clone(memory_format=torch.contiguous_format) for d in d_outputs[2:]]
         found = Inputs(*(torch.zeros_like(t) for t in vars(inputs).values()))
-        if plan.triton:
+        if plan.engine.fused:
             _launch_backward(plan, inputs, states, d_states, found, d_ends)
+        elif plan.engine.triton:
+            wide.backward(inputs, plan.form, plan.separate, states, d_states, found, d_ends)
         else:
             chunk_torch.backward(
                 inputs, plan.form, plan.max_gradient_norm, plan.separate, states, d_states, found, d_ends
@@ -166,7 +172,7 @@ def _launch_forward(plan: Plan, inputs: Inputs, ends: list[Tensor], states: list
 
     (num_rows, num_chunks), hidden = inputs.keys.shape[:2], ends[0].shape[1]
     chunk_forward[(num_rows,)](
-        *vars(inputs).values(), *_four(ends), *_four(states),
+        *vars(inputs).values(), *four(ends), *four(states),
         num_rows, num_chunks, *numbers(plan.form, plan.max_gradient_norm),
         MOMENTUM=plan.momentum, SAVE_MOMENTUM=len(states) == 4, **_options(plan, inputs, hidden, False),
     )  # fmt: skip
@@ -179,7 +185,7 @@ def _launch_backward(
 
     (num_rows, num_chunks), hidden = inputs.keys.shape[:2], states[0].shape[2]
     chunk_backward[(num_rows,)](
-        *vars(inputs).values(), *_four(states), *d_states, *vars(found).values(), *_four(d_ends),
+        *vars(inputs).values(), *four(states), *d_states, *vars(found).values(), *four(d_ends),
         num_rows, num_chunks, *numbers(plan.form, plan.max_gradient_norm),
         MOMENTUM=plan.momentum, **_options(plan, inputs, hidden, True),
     )  # fmt: skip
@@ -188,8 +194,3 @@ def _launch_backward(
 def _options(plan: Plan, inputs: Inputs, hidden: int, backward: bool) -> dict[str, Any]:
     limited = plan.max_gradient_norm is not None
     return options(inputs.keys, hidden, plan.form, limited, plan.separate, WARPS, backward)
-
-
-def _four(tensors: list[Tensor]) -> list[Tensor]:
-    """The kernels' arguments for W and S: without momentum the last two are never looked at."""
-    return tensors if len(tensors) == 4 else [*tensors, *tensors]
