@@ -143,28 +143,45 @@ class ChunkWrites(torch.autograd.Function):
         else:
             chunk_torch.forward(inputs, plan.form, plan.max_gradient_norm, plan.separate, ends, states)
         if plan.save_momentum:
-            ctx.plan = plan
+            ctx.plan, ctx.dtype = plan, ends[0].dtype
+            ctx.set_materialize_grads(False)
             ctx.save_for_backward(*vars(inputs).values(), *states)
         return (*states[:2], *ends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         saved = ctx.saved_tensors  # once: under activation checkpointing they can't be asked for again
         inputs, states = Inputs(*saved[:8]), list(saved[8:])
-        d_states = [d.contiguous() for d in d_outputs[:2]]
-        d_ends = [d.clone(memory_format=torch.contiguous_format) for d in d_outputs[2:]]
+        d_states = [_or_zeros(d, s) for d, s in zip(d_outputs[:2], states, strict=False)]
+        d_ends = [_at_end(d, s, ctx.dtype) for d, s in zip(d_outputs[2:], states, strict=True)]
         found = Inputs(*(torch.zeros_like(t) for t in vars(inputs).values()))
         if plan.engine.fused:
             _launch_backward(plan, inputs, states, d_states, found, d_ends)
-        elif plan.engine.triton:
-            wide.backward(inputs, plan.form, plan.separate, states, d_states, found, d_ends)
+            return (None, *vars(found).values(), *d_ends)
+        walked = inputs.num_chunks
+        if all(d is None for d in d_outputs[2:]):  # nothing comes back through the last chunk
+            walked -= 1
+            for d_end, d in zip(d_ends, d_states, strict=False):
+                d_end.copy_(d[:, walked])
+        if plan.engine.triton:
+            wide.backward(inputs, plan.form, plan.separate, states, d_states, found, d_ends, walked)
         else:
-            chunk_torch.backward(
-                inputs, plan.form, plan.max_gradient_norm, plan.separate, states, d_states, found, d_ends
-            )
+            norm, separate = plan.max_gradient_norm, plan.separate
+            chunk_torch.backward(inputs, plan.form, norm, separate, states, d_states, found, d_ends, walked)
         return (None, *vars(found).values(), *d_ends)
+
+
+def _or_zeros(d: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if d is None else d.contiguous()
+
+
+def _at_end(d: Tensor | None, states: Tensor, dtype: torch.dtype) -> Tensor:
+    """The derivative in W or S at the end, to be moved back in place."""
+    if d is None:
+        return states.new_zeros(states.shape[:1] + states.shape[2:], dtype=dtype)
+    return d.clone(memory_format=torch.contiguous_format)
 
 
 def _launch_forward(plan: Plan, inputs: Inputs, ends: list[Tensor], states: list[Tensor]) -> None:

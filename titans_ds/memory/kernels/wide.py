@@ -38,6 +38,7 @@ class _Walk:
         most = (128, 64, 64) if long else (64, 32, 128)
         sizes = (self.chunk, max(self.dim, hidden), max(self.dim, hidden))
         self.tile = [min(m, padded(s)) for m, s in zip(most, sizes, strict=True)]  # tokens, columns, depth
+        self.warps = 8 if long else 4
         self.side = min(64, padded(max(self.dim, hidden)))  # of a state's tile
         self.numbers = {
             "scale": form.hidden_scale, "huber_delta": form.huber_delta,
@@ -65,13 +66,14 @@ class _Walk:
         count = self.num_rows * (self.num_chunks if r is None else 1)
         step, r = (1, 0) if r is None else (self.num_chunks, r)
         kernel[(count * self.tiles(width),)](
-            *tensors, step=step, r=r, **self.numbers, BX=self.tile[1], BK=self.tile[2], num_warps=4, num_stages=3
-        )
+            *tensors, step=step, r=r, **self.numbers, BX=self.tile[1], BK=self.tile[2], num_warps=self.warps,
+            num_stages=3,
+        )  # fmt: skip
 
     def states(self, kernel: Any, programs: int, *tensors: object, r: int, **more: object) -> None:
         """The same for what has tiles of both matrices."""
         kernel[(self.num_rows * programs,)](
-            *tensors, level=self.level, step=self.num_chunks, r=r, **self.numbers, BX=self.side, BK=self.tile[2],
+            *tensors, level=self.level, step=self.num_chunks, r=r, **self.numbers, BX=self.side, BK=self.side,
             num_warps=8, num_stages=3, **more,
         )  # fmt: skip
 
@@ -107,13 +109,14 @@ def backward(
     d_states: list[Tensor],
     found: Inputs,
     d_ends: list[Tensor],
+    walked: int,
 ) -> None:
     """What `chunk_torch.backward` does."""
     walk = _Walk(given, states[0].shape[2], form, len(d_ends) == 4, separate)
     back = _Backward(walk, states, d_states, found, d_ends)
-    for r in reversed(range(walk.num_chunks)):
+    for r in reversed(range(walked)):
         back.chunk(r)
-    back.add_shares()
+    back.add_shares(walked)
 
 
 class _Backward:
@@ -172,14 +175,15 @@ class _Backward:
         )  # fmt: skip
         self.directions, self.next = self.next, self.directions
 
-    def add_shares(self) -> None:
-        """In the same order every time."""
-        for d, shares in zip((self.found.a, self.found.b), self.d_weights, strict=False):
+    def add_shares(self, walked: int) -> None:
+        """Of the chunks that were walked over, in the same order every time."""
+        found = self.found
+        for d, shares in zip((found.a, found.b), self.d_weights, strict=False):
             for level in range(2):
-                torch.sum(shares[level], dim=0, out=d[level])
-        factors = (self.found.keep, self.found.eta, self.found.carry)
-        for d, share in zip(factors, self.d_factors[: 3 if self.walk.momentum else 1], strict=False):
-            torch.sum(share, dim=0, out=d)
+                torch.sum(shares[level][:, :, :walked], dim=0, out=d[level, :, :walked])
+        factors = (found.keep, found.eta, found.carry)[: 3 if self.walk.momentum else 1]
+        for d, share in zip(factors, self.d_factors, strict=False):
+            torch.sum(share[:, :, :walked], dim=0, out=d[:, :walked])
 
 
 def _directions(d_ends: list[Tensor], walk: _Walk) -> list[Tensor]:

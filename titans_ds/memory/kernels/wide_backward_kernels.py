@@ -37,18 +37,18 @@ def slopes_backward(
     n, row, column = place(C, H, BT, BX)
     i = n * step + r
     share = column // BX * level + i * C
+    p, q = tl.zeros((BT, BX), tl.float32), tl.zeros((BT, BX), tl.float32)
+    p = product_right(p, k_ptr + i * C * D, p1_ptr + n * H * D, row, column, C, H, D, BT, BX, BK, PRECISION)
+    if SEPARATE:
+        q = product_right(q, k_ptr + i * C * D, q1_ptr + n * H * D, row, column, C, H, D, BT, BX, BK, PRECISION)
     _, slope, bend = _activate(read(z_ptr + i * C * H, row, column, C, H, BT, BX).to(tl.float32), SILU)
     t = read(t_ptr + i * C * H, row, column, C, H, BT, BX).to(tl.float32)
     u = t * slope * scale
-    p = tl.zeros((BT, BX), tl.float32)
-    p = product_right(p, k_ptr + i * C * D, p1_ptr + n * H * D, row, column, C, H, D, BT, BX, BK, PRECISION)
     write_row(da_ptr + share, tl.sum(u * p, 1), row, C, BT)
     d_u = read_row(a_ptr + i * C, row, C, BT)[:, None] * p
     if SEPARATE:
-        p = tl.zeros((BT, BX), tl.float32)
-        p = product_right(p, k_ptr + i * C * D, q1_ptr + n * H * D, row, column, C, H, D, BT, BX, BK, PRECISION)
-        write_row(db_ptr + share, tl.sum(u * p, 1), row, C, BT)
-        d_u += read_row(b_ptr + i * C, row, C, BT)[:, None] * p
+        write_row(db_ptr + share, tl.sum(u * q, 1), row, C, BT)
+        d_u += read_row(b_ptr + i * C, row, C, BT)[:, None] * q
     write(t_ptr + i * C * H, u, row, column, C, H, BT, BX)
     write(dt_ptr + n * C * H, d_u * slope * scale, row, column, C, H, BT, BX)
     write(dz_ptr + n * C * H, d_u * t * bend * scale, row, column, C, H, BT, BX)
@@ -66,16 +66,16 @@ def errors_backward(
     n, row, column = place(C, D, BT, BX)
     i = n * step + r
     share = column // BX * level + i * C
-    e = read(e_ptr + i * C * D, row, column, C, D, BT, BX).to(tl.float32)
-    p = tl.zeros((BT, BX), tl.float32)
+    p, q = tl.zeros((BT, BX), tl.float32), tl.zeros((BT, BX), tl.float32)
     p = product_right(p, x_ptr + i * C * H, p2_ptr + n * H * D, row, column, C, D, H, BT, BX, BK, PRECISION)
+    if SEPARATE:
+        q = product_right(q, x_ptr + i * C * H, q2_ptr + n * H * D, row, column, C, D, H, BT, BX, BK, PRECISION)
+    e = read(e_ptr + i * C * D, row, column, C, D, BT, BX).to(tl.float32)
     write_row(da_ptr + share, tl.sum(e * p, 1), row, C, BT)
     d_e = read_row(a_ptr + level + i * C, row, C, BT)[:, None] * p
     if SEPARATE:
-        p = tl.zeros((BT, BX), tl.float32)
-        p = product_right(p, x_ptr + i * C * H, q2_ptr + n * H * D, row, column, C, D, H, BT, BX, BK, PRECISION)
-        write_row(db_ptr + share, tl.sum(e * p, 1), row, C, BT)
-        d_e += read_row(b_ptr + level + i * C, row, C, BT)[:, None] * p
+        write_row(db_ptr + share, tl.sum(e * q, 1), row, C, BT)
+        d_e += read_row(b_ptr + level + i * C, row, C, BT)[:, None] * q
     d_e = product_right(d_e, dt_ptr + n * C * H, w2_ptr + i * H * D, row, column, C, D, H, BT, BX, BK, PRECISION)
     if LOSS == 2:
         d_e = tl.where(tl.abs(e) < huber_delta, d_e, 0.0)
@@ -149,7 +149,7 @@ def _keys_backward(
     write(dk_ptr, d_k, row, column, C, D, BT, BX)
 
 
-@triton.jit(do_not_specialize=["shares", "level", "step", "r"])
+@triton.jit(do_not_specialize=["level", "step", "r"])
 def step_backward(
     k_ptr, x_ptr, u_ptr, e_ptr, a_ptr, b_ptr, keep_ptr, eta_ptr, carry_ptr,
     dt_ptr, dy_ptr, dz_ptr, w1s_ptr, w2s_ptr, s1s_ptr, s2s_ptr, dw1s_ptr, dw2s_ptr,
@@ -161,27 +161,31 @@ def step_backward(
     MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr, BT: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A memory's programs, in order: tiles of the first matrix, of the second one, and of the keys."""
+    """Tiles of the keys, which take longest, before those of the two matrices."""
+    across: tl.constexpr = (D + BX - 1) // BX
+    down: tl.constexpr = (H + BX - 1) // BX
+    keys: tl.constexpr = ((C + BT - 1) // BT) * ((D + BX - 1) // BX)
     tiles: tl.constexpr = ((H + BX - 1) // BX) * ((D + BX - 1) // BX)
-    columns: tl.constexpr = (D + BX - 1) // BX
-    programs: tl.constexpr = 2 * tiles + (C + BT - 1) // BT * columns
-    n, tile = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
-    num_rows = tl.num_programs(0) // programs
-    i, own = n * step + r, n * H * D
-    shares = 2 * tiles * num_rows * step
-    share_ptr += tile * num_rows * step + i
-    if tile >= 2 * tiles:
-        tile -= 2 * tiles
-        row, column = tile // columns * BT, tile % columns * BX
+    num_rows = tl.num_programs(0) // (keys + 2 * tiles)
+    pid = tl.program_id(0)
+    if pid < num_rows * keys:
+        n, row, column = place(C, D, BT, BX)
+        i = n * step + r
         _keys_backward(
-            u_ptr + i * C * H, p1_ptr + own, q1_ptr + own, a_ptr + i * C, b_ptr + i * C, dz_ptr + n * C * H,
-            w1s_ptr + i * H * D, dk_ptr + i * C * D, row, column, C, D, H, SEPARATE, BT, BX, BK, PRECISION,
+            u_ptr + i * C * H, p1_ptr + n * H * D, q1_ptr + n * H * D, a_ptr + i * C, b_ptr + i * C,
+            dz_ptr + n * C * H, w1s_ptr + i * H * D, dk_ptr + i * C * D, row, column, C, D, H, SEPARATE,
+            BT, BX, BK, PRECISION,
         )  # fmt: skip
     else:
+        pid -= num_rows * keys
+        n, tile = (pid // (2 * tiles)).to(tl.int64), pid % (2 * tiles)
+        i, own = n * step + r, n * H * D
         keep, eta, carry = tl.load(keep_ptr + i), tl.load(eta_ptr + i), tl.load(carry_ptr + i)
+        shares = 2 * tiles * num_rows * step
+        share_ptr += tile * num_rows * step + i
         d_w, before = tl.zeros((BX, BX), tl.float32), i * H * D
         if tile < tiles:
-            row, column = tile // columns * BX, tile % columns * BX
+            row, column = tile // across * BX, tile % across * BX
             d_w = product_left(
                 d_w, dz_ptr + n * C * H, k_ptr + i * C * D, row, column, H, D, C, BX, BX, BT, PRECISION
             )
@@ -191,9 +195,8 @@ def step_backward(
                 H, D, MOMENTUM, SEPARATE, BX,
             )  # fmt: skip
         else:
-            across: tl.constexpr = (H + BX - 1) // BX
             tile -= tiles
-            row, column = tile // across * BX, tile % across * BX
+            row, column = tile // down * BX, tile % down * BX
             d_w = product_left(
                 d_w, e_ptr + i * C * D, dt_ptr + n * C * H, row, column, D, H, C, BX, BX, BT, PRECISION
             )
