@@ -24,6 +24,7 @@ from titans_ds.memory.kernels import Engine, chunk_torch, wide
 from titans_ds.memory.kernels.chunk_torch import Inputs
 from titans_ds.memory.kernels.factors import factors
 from titans_ds.memory.kernels.launch import WARPS, four, numbers, options
+from titans_ds.memory.kernels.wide_reads import WideReads
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
@@ -81,7 +82,7 @@ def run_chunk(
         with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
             states, new = _write(fast, part, c.block(block), finished_NR[:, block], inner, graph, engine)
         if asked is not None:
-            reads.append(_read_block(fast, states, asked, inner.form, graph))
+            reads.append(_read_block(fast, states, asked, inner.form, graph, engine))
         fast = new
     return (torch.cat(reads, dim=1) if len(reads) > 1 else reads[0] if reads else None), fast
 
@@ -95,18 +96,21 @@ def _blocks(keys_NRCD: Tensor, fast: Fast) -> list[slice]:
     return [slice(i, min(i + size, num_chunks)) for i in range(0, num_chunks, size)]
 
 
-def _read_block(fast: Fast, states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form, graph: bool) -> Tensor:
+def _read_block(
+    fast: Fast, states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form, graph: bool, engine: Engine
+) -> Tensor:
+    reads = _read(states, queries_NRCD, form, engine)
     if graph or not any(w.requires_grad for w in fast.weights):
-        return _read(states, queries_NRCD, form)
+        return reads
     # In first order the first chunk alone still reads weights that lead somewhere.
     first = network.forward(fast.weights, queries_NRCD[:, 0], form).unsqueeze(1)
-    if queries_NRCD.shape[1] == 1:
-        return first
-    return torch.cat([first, _read(tuple(s[:, 1:] for s in states), queries_NRCD[:, 1:], form)], dim=1)
+    return torch.cat([first, reads[:, 1:]], dim=1)
 
 
-def _read(states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form) -> Tensor:
+def _read(states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form, engine: Engine) -> Tensor:
     """f_W of each chunk's queries. Weights first: their derivative then comes out in the layout that writes need."""
+    if engine.triton and not engine.fused:
+        return WideReads.apply(form, queries_NRCD, *states)  # type: ignore[no-any-return, no-untyped-call]
     hidden = (states[0] @ queries_NRCD.mT).mT
     hidden = F.silu(hidden) if form.activation == "silu" else hidden
     hidden = hidden if form.hidden_scale == 1.0 else hidden * form.hidden_scale
@@ -156,21 +160,21 @@ class ChunkWrites(torch.autograd.Function):
         inputs, states = Inputs(*saved[:8]), list(saved[8:])
         d_states = [_or_zeros(d, s) for d, s in zip(d_outputs[:2], states, strict=False)]
         d_ends = [_at_end(d, s, ctx.dtype) for d, s in zip(d_outputs[2:], states, strict=True)]
-        found = Inputs(*(torch.zeros_like(t) for t in vars(inputs).values()))
-        if plan.engine.fused:
-            _launch_backward(plan, inputs, states, d_states, found, d_ends)
-            return (None, *vars(found).values(), *d_ends)
         walked = inputs.num_chunks
-        if all(d is None for d in d_outputs[2:]):  # nothing comes back through the last chunk
-            walked -= 1
+        if not plan.engine.fused and all(d is None for d in d_outputs[2:]):
+            walked -= 1  # nothing comes back through the last chunk
             for d_end, d in zip(d_ends, d_states, strict=False):
                 d_end.copy_(d[:, walked])
+        found = _places(inputs, walked)
+        if plan.engine.fused:
+            _launch_backward(plan, inputs, states, d_states, found, d_ends)
+            return (None, *_of_use(found, plan), *d_ends)
         if plan.engine.triton:
             wide.backward(inputs, plan.form, plan.separate, states, d_states, found, d_ends, walked)
         else:
             norm, separate = plan.max_gradient_norm, plan.separate
             chunk_torch.backward(inputs, plan.form, norm, separate, states, d_states, found, d_ends, walked)
-        return (None, *vars(found).values(), *d_ends)
+        return (None, *_of_use(found, plan), *d_ends)
 
 
 def _or_zeros(d: Tensor | None, like: Tensor) -> Tensor:
@@ -182,6 +186,22 @@ def _at_end(d: Tensor | None, states: Tensor, dtype: torch.dtype) -> Tensor:
     if d is None:
         return states.new_zeros(states.shape[:1] + states.shape[2:], dtype=dtype)
     return d.clone(memory_format=torch.contiguous_format)
+
+
+def _places(inputs: Inputs, walked: int) -> Inputs:
+    """For the derivatives in what was given; those in keys and values of the chunks walked over are written whole."""
+    found = [torch.empty_like(t) for t in (inputs.keys, inputs.values)]
+    for t in found:
+        t[:, walked:].zero_()
+    return Inputs(*found, *(torch.zeros_like(t) for t in list(vars(inputs).values())[2:]))
+
+
+def _of_use(found: Inputs, plan: Plan) -> list[Tensor | None]:
+    """None in the place of what this rule does not look at."""
+    unused = set() if plan.separate else {"b"}
+    unused |= set() if plan.momentum else {"eta", "carry"}
+    unused |= {"c"} if plan.max_gradient_norm is None else set()
+    return [None if name in unused else t for name, t in vars(found).items()]
 
 
 def _launch_forward(plan: Plan, inputs: Inputs, ends: list[Tensor], states: list[Tensor]) -> None:

@@ -14,7 +14,6 @@ Legend of shape suffixes: N batch x heads, R chunks of C tokens, D width of a he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,13 +26,14 @@ from titans_ds.memory.network import Form
 _LONG = 512  # tokens of a chunk from which on there are enough tiles to fill a GPU with larger ones
 
 
-class _Walk:
+class Walk:
     """The chunks of a call: what their kernels are launched with."""
 
-    def __init__(self, given: Inputs, hidden: int, form: Form, momentum: bool, separate: bool) -> None:
-        self.given, self.separate, self.momentum = given, separate, momentum
-        self.num_rows, self.num_chunks, self.chunk, self.dim = given.keys.shape
-        self.hidden, self.level = hidden, given.a[0].numel()
+    def __init__(
+        self, keys_NRCD: Tensor, hidden: int, form: Form, momentum: bool = False, separate: bool = False
+    ) -> None:
+        self.separate, self.momentum, self.hidden = separate, momentum, hidden
+        self.num_rows, self.num_chunks, self.chunk, self.dim = keys_NRCD.shape
         long = self.chunk >= _LONG
         most = (128, 64, 64) if long else (64, 32, 128)
         sizes = (self.chunk, max(self.dim, hidden), max(self.dim, hidden))
@@ -44,12 +44,17 @@ class _Walk:
             "scale": form.hidden_scale, "huber_delta": form.huber_delta,
             "C": self.chunk, "D": self.dim, "H": hidden, "SILU": form.activation == "silu", "LOSS": LOSSES[form.loss],
             "MOMENTUM": momentum, "SEPARATE": separate, "BT": self.tile[0],
-            "PRECISION": "ieee" if given.keys.dtype == torch.float32 else "tf32",
+            "PRECISION": "ieee" if keys_NRCD.dtype == torch.float32 else "tf32",
         }  # fmt: skip
 
     def tiles(self, width: int) -> int:
         """Of a chunk's tokens."""
         return _tiles(self.chunk, self.tile[0]) * _tiles(width, self.tile[1])
+
+    @property
+    def level(self) -> int:
+        """Entries of one matrix's token weights."""
+        return self.num_rows * self.num_chunks * self.chunk
 
     @property
     def state_tiles(self) -> int:
@@ -77,19 +82,15 @@ class _Walk:
             num_warps=8, num_stages=3, **more,
         )  # fmt: skip
 
-    def scratch(self, *widths: int) -> list[Tensor]:
-        """Of one chunk's tokens, [N, C, width]."""
-        return [self.given.keys.new_empty(self.num_rows, self.chunk, width) for width in widths]
-
 
 def forward(given: Inputs, form: Form, separate: bool, ends: list[Tensor], states: list[Tensor]) -> None:
     """What `chunk_torch.forward` does."""
     from titans_ds.memory.kernels import wide_kernels
 
-    walk = _Walk(given, ends[0].shape[1], form, len(ends) == 4, separate)
+    walk = Walk(given.keys, ends[0].shape[1], form, len(ends) == 4, separate)
     for state, end in zip(states, ends, strict=False):
         state[:, 0] = end
-    z, x, e = walk.scratch(walk.hidden, walk.hidden, walk.dim)
+    z, x, e = _scratch(given.keys, walk.hidden, walk.hidden, walk.dim)
     factors = (given.a, given.b, given.keep, given.eta, given.carry)
     for r in range(walk.num_chunks):
         walk.tokens(wide_kernels.hidden, walk.hidden, given.keys, states[0], z, x, r=r)
@@ -112,8 +113,8 @@ def backward(
     walked: int,
 ) -> None:
     """What `chunk_torch.backward` does."""
-    walk = _Walk(given, states[0].shape[2], form, len(d_ends) == 4, separate)
-    back = _Backward(walk, states, d_states, found, d_ends)
+    walk = Walk(given.keys, states[0].shape[2], form, len(d_ends) == 4, separate)
+    back = _Backward(walk, given, states, d_states, found, d_ends)
     for r in reversed(range(walked)):
         back.chunk(r)
     back.add_shares(walked)
@@ -123,11 +124,19 @@ class _Backward:
     """From the last chunk to the first."""
 
     def __init__(
-        self, walk: _Walk, states: list[Tensor], d_states: list[Tensor], found: Inputs, d_ends: list[Tensor]
+        self,
+        walk: Walk,
+        given: Inputs,
+        states: list[Tensor],
+        d_states: list[Tensor],
+        found: Inputs,
+        d_ends: list[Tensor],
     ) -> None:
-        self.walk, self.states, self.d_states, self.found, self.d_ends = walk, states, d_states, found, d_ends
-        self.d_t, self.d_z, self.d_y = walk.scratch(walk.hidden, walk.hidden, walk.dim)
-        self.directions, self.next = _directions(d_ends, walk), _empty(d_ends, walk)
+        self.walk, self.given, self.found = walk, given, found
+        self.states, self.d_states, self.d_ends = states, d_states, d_ends
+        self.d_t, self.d_z, self.d_y = _scratch(given.keys, walk.hidden, walk.hidden, walk.dim)
+        self.directions = _directions(d_ends, walk, given.keys.dtype)
+        self.next = [torch.empty_like(d) for d in self.directions]
         self._trace()
         self._make_shares()
 
@@ -135,7 +144,7 @@ class _Backward:
         """z, x, e and t of all chunks."""
         from titans_ds.memory.kernels import wide_kernels
 
-        walk, given, (w1, w2) = self.walk, self.walk.given, self.states[:2]
+        walk, given, (w1, w2) = self.walk, self.given, self.states[:2]
         self.z, self.x = (given.keys.new_empty(*given.keys.shape[:3], walk.hidden) for _ in range(2))
         self.e = torch.empty_like(given.keys)
         walk.tokens(wide_kernels.hidden, walk.hidden, given.keys, w1, self.z, self.x)
@@ -143,8 +152,8 @@ class _Backward:
         self.t = self.e @ w2
 
     def _make_shares(self) -> None:
-        """Of the tiles in the derivatives of token weights [tiles, N, R, C], a set each, and factors [3, tiles, N, R]."""
-        walk, a = self.walk, self.walk.given.a
+        """Each tile's in the derivatives of token weights [tiles, N, R, C], and of factors [3, tiles, N, R]."""
+        walk, a = self.walk, self.given.a
         counts = [_tiles(width, walk.tile[1]) for width in (walk.hidden, walk.dim)]
         self.d_weights = [[a.new_empty(n, *a.shape[1:]) for n in counts] for _ in range(1 + walk.separate)]
         self.d_factors = a.new_empty(3, 2 * walk.state_tiles, *a.shape[1:3])
@@ -153,7 +162,7 @@ class _Backward:
         """The derivatives before chunk r, from those after it."""
         from titans_ds.memory.kernels import wide_backward_kernels as kernels
 
-        walk, given, found, (w1, w2) = self.walk, self.walk.given, self.found, self.states[:2]
+        walk, given, found, w2 = self.walk, self.given, self.found, self.states[1]
         p1, p2, q1, q2 = four(self.directions)
         (da1, da2), (db1, db2) = self.d_weights[0], self.d_weights[-1]
         ab, level = (given.a, given.b), walk.level
@@ -186,16 +195,16 @@ class _Backward:
             torch.sum(share[:, :, :walked], dim=0, out=d[:, :walked])
 
 
-def _directions(d_ends: list[Tensor], walk: _Walk) -> list[Tensor]:
+def _directions(d_ends: list[Tensor], walk: Walk, dtype: torch.dtype) -> list[Tensor]:
     """Of the two matrices' sums for W, and of those for S where they are others; in the dtype of the keys."""
-    dtype = walk.given.keys.dtype
     if walk.momentum and not walk.separate:
         return [(w + s).to(dtype) for w, s in zip(d_ends[:2], d_ends[2:], strict=True)]
     return [d.to(dtype, copy=True) for d in d_ends]
 
 
-def _empty(d_ends: list[Tensor], walk: _Walk) -> list[Tensor]:
-    return [torch.empty_like(d, dtype=walk.given.keys.dtype) for d in d_ends[: 4 if walk.separate else 2]]
+def _scratch(keys_NRCD: Tensor, *widths: int) -> list[Tensor]:
+    """Of one chunk's tokens, [N, C, width]."""
+    return [keys_NRCD.new_empty(keys_NRCD.shape[0], keys_NRCD.shape[2], width) for width in widths]
 
 
 def _tiles(size: int, tile: int) -> int:

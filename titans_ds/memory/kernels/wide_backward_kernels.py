@@ -186,9 +186,7 @@ def step_backward(
         d_w, before = tl.zeros((BX, BX), tl.float32), i * H * D
         if tile < tiles:
             row, column = tile // across * BX, tile % across * BX
-            d_w = product_left(
-                d_w, dz_ptr + n * C * H, k_ptr + i * C * D, row, column, H, D, C, BX, BX, BT, PRECISION
-            )
+            d_w = product_left(d_w, dz_ptr + n * C * H, k_ptr + i * C * D, row, column, H, D, C, BX, BX, BT, PRECISION)
             _step_backward(
                 d_w, dw1_ptr + own, ds1_ptr + own, w1s_ptr + before, s1s_ptr + before, dw1s_ptr + before,
                 p1_next_ptr + own, q1_next_ptr + own, share_ptr, shares, keep, eta, carry, row, column,
@@ -197,9 +195,7 @@ def step_backward(
         else:
             tile -= tiles
             row, column = tile // down * BX, tile % down * BX
-            d_w = product_left(
-                d_w, e_ptr + i * C * D, dt_ptr + n * C * H, row, column, D, H, C, BX, BX, BT, PRECISION
-            )
+            d_w = product_left(d_w, e_ptr + i * C * D, dt_ptr + n * C * H, row, column, D, H, C, BX, BX, BT, PRECISION)
             if LOSS != 1:
                 d_w = product_left(
                     d_w, dy_ptr + n * C * D, x_ptr + i * C * H, row, column, D, H, C, BX, BX, BT, PRECISION

@@ -33,13 +33,14 @@ def hidden(
     MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr, BT: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z = k W_1^T, x = h act(z)."""
+    """x = h act(z) of z = k W_1^T, and z where there is a place for it."""
     n, row, column = place(C, H, BT, BX)
     i = n * step + r
     z = tl.zeros((BT, BX), tl.float32)
     z = product_right(z, k_ptr + i * C * D, w1_ptr + i * H * D, row, column, C, H, D, BT, BX, BK, PRECISION)
-    z = z.to(z_ptr.dtype.element_ty)
-    write(z_ptr + n * C * H, z, row, column, C, H, BT, BX)
+    z = z.to(x_ptr.dtype.element_ty)
+    if z_ptr is not None:
+        write(z_ptr + n * C * H, z, row, column, C, H, BT, BX)
     x, _, _ = _activate(z.to(tl.float32), SILU)
     write(x_ptr + n * C * H, x * scale, row, column, C, H, BT, BX)
 
@@ -96,9 +97,8 @@ def _step(
             g = weighted_product_left(g, delta_ptr, x_ptr, b_ptr, row, column, ROWS, COLUMNS, C, BX, BX, BT, PRECISION)
         s = eta * s + g
         write(s_ptr, s, row, column, ROWS, COLUMNS, BX, BX)
-        if SAVE_MOMENTUM:
-            if stored:
-                write(ss_ptr, s, row, column, ROWS, COLUMNS, BX, BX)
+        if SAVE_MOMENTUM and stored:
+            write(ss_ptr, s, row, column, ROWS, COLUMNS, BX, BX)
     write(w_ptr, w, row, column, ROWS, COLUMNS, BX, BX)
     if stored:
         write(ws_ptr, w, row, column, ROWS, COLUMNS, BX, BX)
