@@ -129,7 +129,8 @@ def faking(engine: str | None, counter: Counter) -> Iterator[None]:
         narrow = max(keys.shape[3], fast.weights[0].shape[1]) <= kernels.MOST_WIDTH
         return None if engine == "loop" else kernels.Engine(engine == "triton", engine == "triton" and narrow)
 
-    modules = [f"titans_ds.memory.kernels.{name}_kernels" for name in ("chunk", "head", "pair", "scan", "span")]
+    names = ("chunk", "head", "pair", "scan", "span", "wide", "wide_backward")
+    modules = [f"titans_ds.memory.kernels.{name}_kernels" for name in names]
     patches = [mock.patch.object(nn.Module, "_apply", _convert)]
     if engine is not None:
         patches.append(mock.patch.object(heads, "can", return_value=engine == "triton"))
@@ -166,7 +167,6 @@ def main() -> None:
             (f"{semantics}, {engine}", layer(shape, "auto", semantics), engine)
             for semantics in ("span", "chunk")
             for engine in ("triton", "torch", "loop")
-            if engine != "triton" or semantics == "span" or shape.head_dim <= kernels.MOST_WIDTH
         ]
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             rows.append((f"titans-pytorch {name}", titans_pytorch(shape, dtype, False), None))

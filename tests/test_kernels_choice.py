@@ -21,12 +21,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter has no bf16 products
 
 
-def passes(semantics: str, case: str) -> bool:
+def passes(semantics: str, case: str, fused: bool = True) -> bool:
     self_check._passes.cache_clear()
     rule = RuleConfig(chunk_size=9, chunk_semantics=semantics, **CASES[case][0])
     weights = (torch.zeros(1, 20, 16, device=DEVICE), torch.zeros(1, 16, 20, device=DEVICE))
     keys = torch.zeros(1, 2, 9, 16, dtype=HALF, device=DEVICE)
-    return self_check.passes(keys, Fast(weights), Inner(rule, Form(), torch.ones(2, device=DEVICE), 1), True)
+    return self_check.passes(keys, Fast(weights), Inner(rule, Form(), torch.ones(2, device=DEVICE), 1), fused)
 
 
 @needs_triton
@@ -35,6 +35,24 @@ def passes(semantics: str, case: str) -> bool:
 def test_the_kernels_pass(semantics, case, caplog) -> None:
     assert passes(semantics, case)
     assert caplog.text == ""
+
+
+@needs_triton
+def test_the_kernels_of_wide_heads_pass(monkeypatch, caplog) -> None:
+    assert passes("chunk", "constant momentum", fused=False)
+    assert caplog.text == ""
+    monkeypatch.setattr("titans_ds.memory.kernels.wide.LOSSES", {"l2": 1})
+    assert not passes("chunk", "constant momentum", fused=False)
+    assert "PyTorch does it instead" in caplog.text
+
+
+@needs_triton
+def test_wide_heads_have_kernels_of_their_own() -> None:
+    keys = torch.zeros(1, 3, 4, 256, dtype=HALF, device=DEVICE)
+    fast = Fast((torch.zeros(1, 256, 256, device=DEVICE),) * 2)
+    inner = Inner(RuleConfig(chunk_size=4, **CASES["titans"][0]), Form(), torch.ones(2, device=DEVICE), 1)
+    with kernels.choice("triton"):
+        assert kernels.engine(fast, inner, keys) == kernels.Engine(triton=True, fused=False)
 
 
 @needs_triton

@@ -184,7 +184,7 @@ def run(
         given = (fast, work.pairs, work.coefficients, work.finished_NR, inner, queries_NRCD, graph)
         if inner.rule.chunk_semantics == "span":
             return run_span(*given, engine)
-        return run_chunk(*given, triton=engine.fused)
+        return run_chunk(*given, engine)
     reads: list[Tensor] = []
     with writing():
         parts = _at_start(fast, work, inner) if inner.rule.chunk_semantics == "span" else None

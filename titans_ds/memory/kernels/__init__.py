@@ -74,12 +74,12 @@ def engine(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> Engine | None:
     if name == "loop" or inner.rule.chunk_semantics == "delta":
         return None
     two = len(fast.weights) == 2 and inner.form.norm is None
-    wide = _wide(fast, keys_NRCD) or (None if two else "it does two matrices, no residual_norm")
+    narrow = two and _narrow(fast, keys_NRCD)
     reason = None if _linear(inner) else "it does one step of sgd or momentum"
-    reason = reason or (None if span else wide) or _obstacle(keys_NRCD, span)
+    reason = reason or (None if span else _unable(two, narrow, inner)) or _obstacle(keys_NRCD, span)
     if name == "triton" and reason is not None:
         raise ConfigError(f"TITANS_DS_KERNEL is 'triton', but {reason}. Set it to 'auto'")
-    fused = wide is None and (name == "triton" or (keys_NRCD.dtype != torch.float32 and not (span and _spills(fast))))
+    fused = narrow and (name == "triton" or (keys_NRCD.dtype != torch.float32 and not (span and _spills(fast))))
     if reason is None and (name == "triton" or (name == "auto" and _agrees(keys_NRCD, fast, inner, fused))):
         return Engine(triton=True, fused=fused)
     if not span and not (two and (name == "torch" or keys_NRCD.shape[1] > 1)):
@@ -99,11 +99,19 @@ def _linear(inner: Inner) -> bool:
     return exact and inner.derived and inner.inner_steps == 1 and inner.rule.optimizer in ("sgd", "momentum")
 
 
-def _wide(fast: Fast, keys_NRCD: Tensor) -> str | None:
-    """Why a program cannot hold a chunk and its weights."""
-    if max(keys_NRCD.shape[3], fast.weights[0].shape[1]) > MOST_WIDTH or keys_NRCD.shape[2] > MOST_CHUNK:
-        return f"it does heads of up to {MOST_WIDTH} and chunks of up to {MOST_CHUNK} tokens"
+def _unable(two: bool, narrow: bool, inner: Inner) -> str | None:
+    """Why no Triton kernels write `chunk`."""
+    if not two:
+        return "it does two matrices, no residual_norm"
+    if not narrow and inner.rule.max_gradient_norm is not None:
+        return f"it does max_gradient_norm in heads of up to {MOST_WIDTH} and chunks of up to {MOST_CHUNK} tokens"
     return None
+
+
+def _narrow(fast: Fast, keys_NRCD: Tensor) -> bool:
+    """Whether a program can hold a chunk and its weights."""
+    width = max(keys_NRCD.shape[3], fast.weights[0].shape[1])
+    return width <= MOST_WIDTH and keys_NRCD.shape[2] <= MOST_CHUNK
 
 
 def _spills(fast: Fast) -> bool:

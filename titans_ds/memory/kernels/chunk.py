@@ -1,7 +1,8 @@
 """`chunk` in two parts: writes that walk over the chunks and hand out the weights that each of them reads, and reads
 that are large batched products.
 
-The writes are a Triton kernel that keeps the fast weights on the chip (chunk_kernels.py), or PyTorch (chunk_torch.py).
+The writes are a Triton kernel that keeps the fast weights on the chip (chunk_kernels.py), Triton kernels of a product
+each (wide.py), or PyTorch (chunk_torch.py).
 Kept for the backward: the inputs, and the weights (and momentum) before every chunk in the dtype of the keys. A long
 text is cut in blocks of chunks, so that without a graph no more than a block's weights exist at a time.
 
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from titans_ds.memory import network
 from titans_ds.memory.gates import Coefficients
-from titans_ds.memory.kernels import chunk_torch
+from titans_ds.memory.kernels import Engine, chunk_torch, wide
 from titans_ds.memory.kernels.chunk_torch import Inputs
 from titans_ds.memory.kernels.factors import factors
-from titans_ds.memory.kernels.launch import WARPS, numbers, options
+from titans_ds.memory.kernels.launch import WARPS, four, numbers, options
+from titans_ds.memory.kernels.wide_reads import WideReads
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
@@ -40,7 +42,7 @@ class Plan:
         momentum: there is an S.
         separate: its gradients are weighted otherwise than those of W.
         save_momentum: keep S of every chunk for the backward.
-        triton: which of the two writes.
+        engine: what writes.
     """
 
     form: Form
@@ -48,7 +50,7 @@ class Plan:
     momentum: bool
     separate: bool
     save_momentum: bool
-    triton: bool
+    engine: Engine
 
 
 def run_chunk(
@@ -59,7 +61,7 @@ def run_chunk(
     inner: Inner,
     queries_NRCD: Tensor | None,
     graph: bool,
-    triton: bool,
+    engine: Engine,
 ) -> tuple[Tensor | None, Fast]:
     """Read every chunk with the weights before it, and write all of them.
 
@@ -71,16 +73,16 @@ def run_chunk(
         inner: the inner problem; `kernels.chunks` says which ones are supported.
         queries_NRCD: by chunk; None reads nothing.
         graph: differentiate through the write.
-        triton: write with the Triton kernel.
+        engine: what writes: where fused one Triton kernel, where only `triton` several.
     """
     reads = []
     for block in _blocks(pairs.keys, fast):
         part = Pairs(pairs.keys[:, block], pairs.values[:, block])
         asked = None if queries_NRCD is None else queries_NRCD[:, block]
         with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
-            states, new = _write(fast, part, c.block(block), finished_NR[:, block], inner, graph, triton)
+            states, new = _write(fast, part, c.block(block), finished_NR[:, block], inner, graph, engine)
         if asked is not None:
-            reads.append(_read_block(fast, states, asked, inner.form, graph))
+            reads.append(_read_block(fast, states, asked, inner.form, graph, engine))
         fast = new
     return (torch.cat(reads, dim=1) if len(reads) > 1 else reads[0] if reads else None), fast
 
@@ -94,18 +96,21 @@ def _blocks(keys_NRCD: Tensor, fast: Fast) -> list[slice]:
     return [slice(i, min(i + size, num_chunks)) for i in range(0, num_chunks, size)]
 
 
-def _read_block(fast: Fast, states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form, graph: bool) -> Tensor:
+def _read_block(
+    fast: Fast, states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form, graph: bool, engine: Engine
+) -> Tensor:
+    reads = _read(states, queries_NRCD, form, engine)
     if graph or not any(w.requires_grad for w in fast.weights):
-        return _read(states, queries_NRCD, form)
+        return reads
     # In first order the first chunk alone still reads weights that lead somewhere.
     first = network.forward(fast.weights, queries_NRCD[:, 0], form).unsqueeze(1)
-    if queries_NRCD.shape[1] == 1:
-        return first
-    return torch.cat([first, _read(tuple(s[:, 1:] for s in states), queries_NRCD[:, 1:], form)], dim=1)
+    return torch.cat([first, reads[:, 1:]], dim=1)
 
 
-def _read(states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form) -> Tensor:
+def _read(states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form, engine: Engine) -> Tensor:
     """f_W of each chunk's queries. Weights first: their derivative then comes out in the layout that writes need."""
+    if engine.triton and not engine.fused:
+        return WideReads.apply(form, queries_NRCD, *states)  # type: ignore[no-any-return, no-untyped-call]
     hidden = (states[0] @ queries_NRCD.mT).mT
     hidden = F.silu(hidden) if form.activation == "silu" else hidden
     hidden = hidden if form.hidden_scale == 1.0 else hidden * form.hidden_scale
@@ -113,11 +118,12 @@ def _read(states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form) -> Tenso
 
 
 def _write(
-    fast: Fast, pairs: Pairs, c: Coefficients, finished_NR: Tensor, inner: Inner, graph: bool, triton: bool
+    fast: Fast, pairs: Pairs, c: Coefficients, finished_NR: Tensor, inner: Inner, graph: bool, engine: Engine
 ) -> tuple[tuple[Tensor, ...], Fast]:
     f = factors(c, finished_NR, inner)
     norm = inner.rule.max_gradient_norm
-    plan = Plan(inner.form, norm, inner.rule.has_momentum, c.to_momentum is not None, graph, triton)
+    momentum = inner.rule.has_momentum
+    plan = Plan(inner.form, norm, momentum, momentum and c.to_momentum is not None, graph, engine)
     out = ChunkWrites.apply(  # type: ignore[no-untyped-call]
         plan, pairs.keys, pairs.values, *vars(f).values(), *fast.weights, *fast.momentum
     )
@@ -134,31 +140,68 @@ class ChunkWrites(torch.autograd.Function):
         ends = [t.clone(memory_format=torch.contiguous_format) for t in given[8:]]
         shape = inputs.keys.shape[:2]
         states = [inputs.keys.new_empty(*shape, *w.shape[1:]) for w in ends[: 4 if plan.save_momentum else 2]]
-        if plan.triton:
+        if plan.engine.fused:
             _launch_forward(plan, inputs, ends, states)
+        elif plan.engine.triton:
+            wide.forward(inputs, plan.form, plan.separate, ends, states)
         else:
             chunk_torch.forward(inputs, plan.form, plan.max_gradient_norm, plan.separate, ends, states)
         if plan.save_momentum:
-            ctx.plan = plan
+            ctx.plan, ctx.dtype = plan, ends[0].dtype
+            ctx.set_materialize_grads(False)
             ctx.save_for_backward(*vars(inputs).values(), *states)
         return (*states[:2], *ends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         saved = ctx.saved_tensors  # once: under activation checkpointing they can't be asked for again
         inputs, states = Inputs(*saved[:8]), list(saved[8:])
-        d_states = [d.contiguous() for d in d_outputs[:2]]
-        d_ends = [d.clone(memory_format=torch.contiguous_format) for d in d_outputs[2:]]
-        found = Inputs(*(torch.zeros_like(t) for t in vars(inputs).values()))
-        if plan.triton:
+        d_states = [_or_zeros(d, s) for d, s in zip(d_outputs[:2], states, strict=False)]
+        d_ends = [_at_end(d, s, ctx.dtype) for d, s in zip(d_outputs[2:], states, strict=True)]
+        walked = inputs.num_chunks
+        if not plan.engine.fused and all(d is None for d in d_outputs[2:]):
+            walked -= 1  # nothing comes back through the last chunk
+            for d_end, d in zip(d_ends, d_states, strict=False):
+                d_end.copy_(d[:, walked])
+        found = _places(inputs, walked)
+        if plan.engine.fused:
             _launch_backward(plan, inputs, states, d_states, found, d_ends)
+            return (None, *_of_use(found, plan), *d_ends)
+        if plan.engine.triton:
+            wide.backward(inputs, plan.form, plan.separate, states, d_states, found, d_ends, walked)
         else:
-            chunk_torch.backward(
-                inputs, plan.form, plan.max_gradient_norm, plan.separate, states, d_states, found, d_ends
-            )
-        return (None, *vars(found).values(), *d_ends)
+            norm, separate = plan.max_gradient_norm, plan.separate
+            chunk_torch.backward(inputs, plan.form, norm, separate, states, d_states, found, d_ends, walked)
+        return (None, *_of_use(found, plan), *d_ends)
+
+
+def _or_zeros(d: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if d is None else d.contiguous()
+
+
+def _at_end(d: Tensor | None, states: Tensor, dtype: torch.dtype) -> Tensor:
+    """The derivative in W or S at the end, to be moved back in place."""
+    if d is None:
+        return states.new_zeros(states.shape[:1] + states.shape[2:], dtype=dtype)
+    return d.clone(memory_format=torch.contiguous_format)
+
+
+def _places(inputs: Inputs, walked: int) -> Inputs:
+    """For the derivatives in what was given; those in keys and values of the chunks walked over are written whole."""
+    found = [torch.empty_like(t) for t in (inputs.keys, inputs.values)]
+    for t in found:
+        t[:, walked:].zero_()
+    return Inputs(*found, *(torch.zeros_like(t) for t in list(vars(inputs).values())[2:]))
+
+
+def _of_use(found: Inputs, plan: Plan) -> list[Tensor | None]:
+    """None in the place of what this rule does not look at."""
+    unused = set() if plan.separate else {"b"}
+    unused |= set() if plan.momentum else {"eta", "carry"}
+    unused |= {"c"} if plan.max_gradient_norm is None else set()
+    return [None if name in unused else t for name, t in vars(found).items()]
 
 
 def _launch_forward(plan: Plan, inputs: Inputs, ends: list[Tensor], states: list[Tensor]) -> None:
@@ -166,7 +209,7 @@ def _launch_forward(plan: Plan, inputs: Inputs, ends: list[Tensor], states: list
 
     (num_rows, num_chunks), hidden = inputs.keys.shape[:2], ends[0].shape[1]
     chunk_forward[(num_rows,)](
-        *vars(inputs).values(), *_four(ends), *_four(states),
+        *vars(inputs).values(), *four(ends), *four(states),
         num_rows, num_chunks, *numbers(plan.form, plan.max_gradient_norm),
         MOMENTUM=plan.momentum, SAVE_MOMENTUM=len(states) == 4, **_options(plan, inputs, hidden, False),
     )  # fmt: skip
@@ -179,7 +222,7 @@ def _launch_backward(
 
     (num_rows, num_chunks), hidden = inputs.keys.shape[:2], states[0].shape[2]
     chunk_backward[(num_rows,)](
-        *vars(inputs).values(), *_four(states), *d_states, *vars(found).values(), *_four(d_ends),
+        *vars(inputs).values(), *four(states), *d_states, *vars(found).values(), *four(d_ends),
         num_rows, num_chunks, *numbers(plan.form, plan.max_gradient_norm),
         MOMENTUM=plan.momentum, **_options(plan, inputs, hidden, True),
     )  # fmt: skip
@@ -188,8 +231,3 @@ def _launch_backward(
 def _options(plan: Plan, inputs: Inputs, hidden: int, backward: bool) -> dict[str, Any]:
     limited = plan.max_gradient_norm is not None
     return options(inputs.keys, hidden, plan.form, limited, plan.separate, WARPS, backward)
-
-
-def _four(tensors: list[Tensor]) -> list[Tensor]:
-    """The kernels' arguments for W and S: without momentum the last two are never looked at."""
-    return tensors if len(tensors) == 4 else [*tensors, *tensors]

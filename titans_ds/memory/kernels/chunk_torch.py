@@ -98,6 +98,7 @@ def backward(
     d_states: Sequence[Tensor],
     found: Inputs,
     d_ends: Sequence[Tensor],
+    walked: int,
 ) -> None:
     """The derivative of `forward`.
 
@@ -105,10 +106,11 @@ def backward(
         given, form, max_norm, separate, states: as there.
         d_states: in W_1 and W_2 before every chunk.
         found: takes the derivatives in what was given.
-        d_ends: in W_1, W_2 (, S_1, S_2) at the end; moved back to the start in place.
+        d_ends: in W_1, W_2 (, S_1, S_2) after the first `walked` chunks; moved back to the start in place.
+        walked: number of chunks to go back through; the derivatives in what the others were given stay as they are.
     """
     trace = _trace(states[0], states[1], given.keys, given.values, form)
-    for r in reversed(range(given.num_chunks)):
+    for r in reversed(range(walked)):
         _factors_backward(given, states, found, d_ends, r)
         step = _Backward(given, form, trace.chunk(r), (states[0][:, r], states[1][:, r]), found, r)
         step.sums(d_ends, separate, max_norm)

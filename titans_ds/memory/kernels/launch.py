@@ -30,9 +30,9 @@ def options(
         "C": chunk,
         "D": dim,
         "H": hidden,
-        "CB": _padded(chunk),
-        "DB": _padded(dim),
-        "HB": _padded(hidden),
+        "CB": padded(chunk),
+        "DB": padded(dim),
+        "HB": padded(hidden),
         "SILU": form.activation == "silu",
         "LOSS": LOSSES[form.loss],
         "SEPARATE": separate,
@@ -48,7 +48,12 @@ def numbers(form: Form, max_gradient_norm: float | None) -> tuple[float, float, 
     return max_gradient_norm or 0.0, form.huber_delta, form.hidden_scale
 
 
-def _padded(size: int) -> int:
+def four(tensors: list[Tensor]) -> list[Tensor]:
+    """The kernels' arguments for both matrices' W and S: without momentum the last two are never looked at."""
+    return tensors if len(tensors) == 4 else [*tensors, *tensors]
+
+
+def padded(size: int) -> int:
     """The next power of two that a tensor core takes."""
     return max(16, 1 << (size - 1).bit_length())
 

@@ -111,10 +111,8 @@ def _run(case: Case, dtype: torch.dtype, triton: bool) -> list[Tensor]:
     c = coefficients(GateValues(active, **logits), rule, torch.float32)
     inner = Inner(rule, case.form, torch.full((depth,), 0.1, device=case.device), 1)
     given = (Fast(tuple(states[:depth]), tuple(states[depth:])), Pairs(tokens[0], tokens[1]), c, finished, inner)
-    if rule.chunk_semantics == "span":
-        reads, new = run_span(*given, tokens[2], True, Engine(triton, triton and case.fused))
-    else:
-        reads, new = run_chunk(*given, tokens[2], True, triton=triton)
+    run = run_span if rule.chunk_semantics == "span" else run_chunk
+    reads, new = run(*given, tokens[2], True, Engine(triton, triton and case.fused))
     outputs = [t for t in (reads, *new.weights, *new.momentum) if t is not None]
     # Random directions: a sum would hide errors that cancel.
     loss = torch.stack([(t.float() * normal(*t.shape)).sum() for t in outputs]).sum()
