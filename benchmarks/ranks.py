@@ -4,9 +4,9 @@
     python -m benchmarks.ranks --base qwen3.5-9b-random --dtype bfloat16 --tokens 4096 --checkpointing --out ranks.json
 
 Rows with as many ranks share a launch through `deepspeed`, one engine after the other; a row that fails there is tried
-once more in a launch of its own, and where it fails again it is a row of the table that says so. `one` has the lanes of
-one rank (--lanes), what a second GPU's speed is held against; `same` has the lanes of two on one rank, what the losses
-are held against.
+once more in a launch of its own, and where it fails again it is a row of the table that says so. `one` has one lane on
+one rank, what a second GPU's speed is held against; `same` has all lanes on one rank, what the losses are held against.
+Rows named 4lanes have four lanes a rank.
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ CASES = {
     "one-lora": Case(0, ranks=1, lanes=1, lora=True),
     "same-lora": Case(0, ranks=1, lora=True),
     "zero3-lora": Case(3, lora=True),
+    "one-4lanes": Case(0, ranks=1, lanes=4),
+    "same-4lanes": Case(0, ranks=1, lanes=8),
+    "zero2-4lanes": Case(2, lanes=8),
+    "zero3-4lanes": Case(3, lanes=8),
 }
 
 
@@ -167,8 +171,7 @@ def measure(options: argparse.Namespace) -> None:
     """As one rank: the rows of this launch, each written by rank 0."""
     start_ranks()
     for name in options.cases:
-        case = replace(CASES[name], lanes=CASES[name].lanes * options.lanes)
-        row = measure_case(options, case, local_device())
+        row = measure_case(options, CASES[name], local_device())
         if ranks.rank() == 0:
             save(row, options.folder / f"{name}.json")
         gc.collect()  # engine and model refer to each other
@@ -311,7 +314,7 @@ def table(report: dict[str, Any]) -> str:
                 f"| {name} | failed: {row['error'].splitlines()[-1][:80] if row['error'] else '?'} |" + " |" * 6
             )
             continue
-        kind = next((f"-{k}" for k in ("second", "lora") if k in name), "")
+        kind = next((f"-{k}" for k in ("second", "lora", "4lanes") if k in name), "")
         same, one = rows.get(f"same{kind}", {}), rows.get(f"one{kind}", {})
         off = [abs(a - b) for a, b in zip(row["losses"], same.get("losses", []), strict=False)]
         speed = row["tokens_per_second"]
@@ -328,7 +331,6 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_base(parser)
     parser.add_argument("--tokens", type=int, default=128, help="of a segment")
-    parser.add_argument("--lanes", type=int, default=1, help="of a rank")
     parser.add_argument("--loss-chunk-tokens", type=int, default=2048, help="see training.loss_chunk_tokens")
     parser.add_argument("--window", type=int, default=4, help="segments of every lane in a step")
     parser.add_argument("--checkpointing", action="store_true")
