@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.tiny_models import tiny_base, token_ids
 from titans_ds.config import GraftConfig, MemoryConfig
 from titans_ds.errors import ConfigError
 from titans_ds.training.compiled import Compile, compile_parts
+from titans_ds.training.convolution import fused
 from titans_ds.training.module import TrainingModule
 from titans_ds.training.settings import DataSettings, ModelSettings, TrainConfig, TrainingSettings
 
@@ -49,6 +51,38 @@ def test_compiled_equals_eager(family: str, what: Compile, count: int) -> None:
     assert grads.keys() == plain_grads.keys() != set()
     for name, gradient in plain_grads.items():
         torch.testing.assert_close(grads[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_the_convolution_is_plain_on_a_cpu_and_exchanged_once() -> None:
+    from transformers.models.qwen3_5.modeling_qwen3_5 import causal_conv1d_fn as plain
+
+    x, weight = torch.randn(2, 7, 6).transpose(1, 2), torch.randn(6, 4)
+    ours = fused(plain)
+    assert fused(ours) is ours
+    assert torch.equal(ours(x, weight, activation="silu"), plain(x, weight, activation="silu"))
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("fla") is None,
+    reason="needs a GPU and flash-linear-attention",
+)
+@pytest.mark.parametrize("shape", [(2, 100, 64), (1, 7, 96)])
+def test_the_fused_convolution_equals_pytorchs(shape: tuple[int, int, int]) -> None:
+    """Values and the gradient in x, in bfloat16, against fp64."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import causal_conv1d_fn as plain
+
+    plain = getattr(plain, "titans_plain", plain)
+    torch.manual_seed(0)
+    rows, weight = torch.randn(shape, device="cuda").bfloat16(), torch.randn(shape[2], 4, device="cuda").bfloat16()
+    up = torch.randn(shape[0], shape[2], shape[1], device="cuda").bfloat16()
+    found = []
+    for way, dtype in ((fused(plain), torch.bfloat16), (plain, torch.float64)):
+        leaf = rows.to(dtype).requires_grad_()
+        y = way(leaf.transpose(1, 2), weight.to(dtype), activation="silu")
+        y.backward(up.to(dtype))
+        found.append((y.double(), leaf.grad.double()))
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 5e-3 * exact.norm()
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:
