@@ -5,7 +5,9 @@
 
 A launch is an operator that is not a view. Operations are those of the matrix products. Peak memory is the bytes of all
 tensors alive at once in forward + backward, parameters, input and gradients included. A Triton kernel counts as one
-launch and no operations.
+launch and no operations. Rows `as graphs` (titans_ds.memory.graphed; `whole`: without slices) add to what is alive
+around the graphs what the larger of the two has alive at once. A GPU adds what the allocator rounds up, and cuBLAS's
+workspace.
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import memory_layer_cases
 from benchmarks.memory_layer_cases import Shape, layer
 from benchmarks.memory_layer_peers import titans_pytorch
-from titans_ds.memory import kernels
-from titans_ds.memory.kernels import heads
+from titans_ds.memory import graphed, kernels
+from titans_ds.memory.graphed import MemoryGraphs
+from titans_ds.memory.kernels import graphs, heads
+from titans_ds.memory.kernels.capture import Capture
 from titans_ds.memory.optimizers import Fast
 
 _NO_KERNEL = frozenset(
@@ -124,7 +129,10 @@ def _convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: b
 def faking(engine: str | None, counter: Counter) -> Iterator[None]:
     """Fake tensors, and Triton kernels that count."""
 
-    # A function, no mock: that keeps what it is called with, and so its memory.
+    # Functions, no mocks: these keep what they are called with, and so its memory.
+    def can(*_: object) -> bool:
+        return engine == "triton"
+
     def chosen(fast: Fast, _: object, keys: Tensor) -> kernels.Engine | None:
         narrow = max(keys.shape[3], fast.weights[0].shape[1]) <= kernels.MOST_WIDTH
         return None if engine == "loop" else kernels.Engine(engine == "triton", engine == "triton" and narrow)
@@ -133,7 +141,7 @@ def faking(engine: str | None, counter: Counter) -> Iterator[None]:
     modules = [f"titans_ds.memory.kernels.{name}_kernels" for name in names]
     patches = [mock.patch.object(nn.Module, "_apply", _convert)]
     if engine is not None:
-        patches.append(mock.patch.object(heads, "can", return_value=engine == "triton"))
+        patches.append(mock.patch.object(heads, "can", can))
         patches.append(mock.patch.object(kernels, "engine", chosen))
         patches.append(mock.patch.dict(sys.modules, {name: _Kernels(name, counter) for name in modules}))
     with contextlib.ExitStack() as stack:
@@ -153,6 +161,80 @@ def count(make: Callable[[torch.device], Any], engine: str | None) -> Counter:
     return counter
 
 
+class CountedCapture(Capture):
+    """Of functions that run when they are captured, and do nothing when they are replayed.
+
+    Args:
+        counter: of what is alive.
+    """
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__(torch.device("cpu"))
+        self._counter = counter
+        self.pool = 0
+
+    def apart(self, function: Callable[[], Any]) -> Any:
+        """Here: another thread would count nothing."""
+        return function()
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        """Nothing to compile."""
+        function()
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """The pool is as large as the largest function needs."""
+        gc.collect()
+        counter = self._counter
+        launches, operations, counter.peak = counter.launches, counter.operations, counter.live
+        before = counter.live
+        function()
+        self.pool = max(self.pool, counter.peak - before)
+        launches, operations = counter.launches - launches, counter.operations - operations
+
+        def replay() -> None:
+            counter.launches += launches
+            counter.operations += operations
+
+        return replay
+
+
+def count_graphs(make: Callable[[torch.device], Any], engine: str | None, whole: bool = False) -> Counter:
+    """Forward + backward of what `make` builds, replayed in slices of rows; `whole`: in one."""
+    gc.collect()
+    counter = Counter()
+    capture = CountedCapture(counter)
+    with replaying(capture, whole), faking(engine, counter), counter:
+        step = make(torch.device("cpu"))
+        step(True)
+        gc.collect()
+        counter.launches, counter.operations, counter.peak = 0, 0, counter.live
+        step(True)
+    counter.peak += capture.pool
+    return counter
+
+
+@contextlib.contextmanager
+def replaying(capture: Capture, whole: bool) -> Iterator[None]:
+    """Memories of fake tensors, which lie nowhere, as graphs."""
+    tokens = sys.maxsize if whole else graphed.SLICE_TOKENS
+
+    def made(_: str) -> MemoryGraphs:
+        return MemoryGraphs("on", lambda _: capture)
+
+    def watched(*_: object) -> bool:
+        return False
+
+    def places(_: object) -> list[object]:
+        return []
+
+    with (
+        mock.patch.object(memory_layer_cases, "MemoryGraphs", made),
+        mock.patch.multiple(graphed, _watched=watched, SLICE_TOKENS=tokens),
+        mock.patch.object(graphs, "places", places),
+    ):
+        yield
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -163,17 +245,22 @@ def main() -> None:
     ]  # fmt: skip
     print("| size | what | launches | GFLOP in products | peak MiB |\n|---|---|---|---|---|")
     for shape in shapes:
-        rows = [
-            (f"{semantics}, {engine}", layer(shape, "auto", semantics), engine)
-            for semantics in ("span", "chunk")
-            for engine in ("triton", "torch", "loop")
-        ]
-        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-            rows.append((f"titans-pytorch {name}", titans_pytorch(shape, dtype, False), None))
-        for name, make, engine in rows:
-            found = count(make, engine)
+        for name, make, engine, whole in _rows(shape):
+            found = count(make, engine) if whole is None else count_graphs(make, engine, whole)
             cells = f"{found.launches:,} | {found.operations / 1e9:,.1f} | {found.peak / 2**20:,.0f}"
             print(f"| {shape.label} | {name} | {cells} |", flush=True)
+
+
+def _rows(shape: Shape) -> Iterator[tuple[str, Callable[[torch.device], Any], str | None, bool | None]]:
+    """Name, what to build, with which kernels, and, as graphs, whether whole."""
+    for semantics in ("span", "chunk"):
+        make = layer(shape, "auto", semantics)
+        for engine in ("triton", "torch", "loop"):
+            yield f"{semantics}, {engine}", make, engine, None
+        yield f"{semantics}, triton, as graphs", make, "triton", False
+        yield f"{semantics}, triton, as graphs, whole", make, "triton", True
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        yield f"titans-pytorch {name}", titans_pytorch(shape, dtype, False), None, None
 
 
 if __name__ == "__main__":

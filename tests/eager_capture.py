@@ -24,7 +24,7 @@ class EagerCapture(Capture):
     def turn(self) -> Iterator[None]:
         with super().turn():
             yield
-            for arena in list(self._arenas.values()):
+            for arena in list(self._arenas):
                 arena.memory.fill_(255)  # not a number, in any precision
 
     def warm_up(self, function: Callable[[], None]) -> None:

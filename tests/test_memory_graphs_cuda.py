@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tests import test_second_order as windows
 from tests.kernel_memories import CASES, H, memory
 from titans_ds.config import FeatureConfig, MemoryConfig, RuleConfig
-from titans_ds.memory import Access, LayerState, NeuralMemory, kernels
+from titans_ds.memory import Access, LayerState, NeuralMemory, graphed, kernels
 from titans_ds.memory.graphed import MemoryGraphs
 from titans_ds.memory.kernels.capture import capture_of
 from titans_ds.training.engine import TorchEngine
@@ -118,6 +118,19 @@ def test_windows_of_layers(semantics: str, heads: int, dtype: torch.dtype, graph
     print(f"{semantics} {heads} {dtype} graph {graph}: {max(worst):.1e}")
     assert max(worst) < (2e-2 if dtype == torch.bfloat16 else 1e-4)
     assert all(len(layer.graphs._graphs._pairs) == 2 for layer in layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_slices_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row at a time, and both."""
+    found = []
+    for tokens in (300, 600):
+        monkeypatch.setattr(graphed, "SLICE_TOKENS", tokens)
+        layers = [titans(2, "span")]
+        layers[0].graphs = MemoryGraphs("auto")
+        found.append([window(layers, number, dtype, True, True) for number in range(2)])
+    for sliced, whole in zip(*found, strict=True):
+        assert error(sliced, whole) < (2e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "delta", *CASES])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from titans_ds.errors import ConfigError
 from titans_ds.memory import kernels
 from titans_ds.memory.kernels.capture import Capture, capture_of
-from titans_ds.memory.kernels.graphs import Function, Graphs, Result, Tensors
+from titans_ds.memory.kernels.graphs import Function, Graphs, Result, Slices, Tensors
 from titans_ds.memory.replay import Record
 from titans_ds.memory.state import LayerState
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Choice = Literal["auto", "on", "off"]
 CHOICES: tuple[Choice, ...] = ("auto", "on", "off")
 Answer = tuple[Tensor, LayerState, LayerState]  # of NeuralMemory.forward
+# Tokens of a slice of a batch. Buffers and pool grow with it; with fewer tokens, kernels are too short to fill a GPU.
+SLICE_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class MemoryGraphs:
         )
         function = _function(memory, plain, recorded, replayed, inputs.state is None)
         hear = None if access.record is None else access.record.hear
-        found = self._graphs.call(where, key, function, given, held, hear)
+        slices = _slices(memory, inputs.hidden, given)
+        found = self._graphs.call(where, key, function, given, held, hear, slices)
         if found is None:
             return None
         if access.record is not None:
@@ -145,6 +148,26 @@ def _watched(memory: nn.Module, hidden: Tensor) -> bool:
     )
 
 
+def _slices(memory: NeuralMemory, hidden_BTH: Tensor, given: Tensors) -> Slices:
+    """As many samples at a time as have SLICE_TOKENS tokens, at least one; all, where an input has no rows."""
+    rows, tokens = hidden_BTH.shape[:2]
+    asked = given.get("queries")
+    shared = frozenset({"queries"} if asked is not None and (asked.dim() == 2 or asked.shape[0] != rows) else ())
+    if rows * tokens <= SLICE_TOKENS or not _parallel(memory):
+        return Slices(shared=shared)
+    if any(t.dim() == 0 or t.shape[0] % rows for n, t in given.items() if n not in shared):
+        return Slices(shared=shared)
+    fits = (n for n in range(1, rows) if rows % n == 0 and rows // n * tokens <= SLICE_TOKENS)
+    return Slices(next(fits, rows), shared)
+
+
+def _parallel(memory: NeuralMemory) -> bool:
+    """Whether all tokens are worked on at once. Where chunk follows chunk, half the samples take as long as all."""
+    rule = memory.config.rule
+    linear = rule.optimizer in ("sgd", "momentum") and memory.fan is None and kernels.chosen() != "loop"
+    return rule.chunk_size is None or (rule.chunk_semantics == "span" and linear)
+
+
 def _part(found: Tensors, prefix: str) -> LayerState:
     return {name.removeprefix(prefix): t for name, t in found.items() if name.startswith(prefix)}
 
@@ -176,8 +199,9 @@ class _Whole(nn.Module):
         outputs = (
             {"read": read} | {f"state.{n}": t for n, t in new.items()} | {f"stats.{n}": t for n, t in stats.items()}
         )
+        totals = frozenset() if access.replay is None else frozenset({"read"})  # <f_W(q), g>, over all samples
         if not isinstance(access.record, _Heard):
-            return Result(outputs)
+            return Result(outputs, totals=totals)
         asked, heard = cast(Tensor, access.record.queries), cast(Tensor, access.record.read)
         return Result(outputs | {"asked": asked}, [heard])
 

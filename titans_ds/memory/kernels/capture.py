@@ -1,7 +1,7 @@
 """Where CUDA graphs of a device are captured, and the memory that they share.
 
 Nothing of a graph's own memory outlives a replay: inputs are copied into buffers first, results out of buffers last.
-So all graphs share one pool, and buffers in the same few places, and take turns.
+So all graphs share one pool, and their buffers one place, and take turns.
 """
 
 from __future__ import annotations
@@ -30,17 +30,22 @@ class Arena:
 
     memory: Tensor
 
-    def views(self, like: Sequence[Tensor]) -> list[Tensor]:
-        """Buffers one after the other."""
-        found, start = [], 0
+    def views(self, start: int, like: Sequence[Tensor]) -> list[Tensor]:
+        """Buffers one after the other, from byte `start` on."""
+        found = []
         for t in like:
             found.append(self.memory[start : start + t.nbytes].view(t.dtype).view(t.shape))
-            start += _whole(t)
+            start += num_bytes([t])
         return found
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it lies here."""
+        return bool(tensor.untyped_storage()._cdata == self.memory.untyped_storage()._cdata)
 
-def _whole(tensor: Tensor) -> int:
-    return -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+
+def num_bytes(like: Sequence[Tensor]) -> int:
+    """What buffers of these take in an arena."""
+    return sum(-(-t.nbytes // _ALIGNED) * _ALIGNED for t in like)
 
 
 class Capture:
@@ -54,16 +59,16 @@ class Capture:
         self.device = device
         self.failed = False
         self._lock = threading.Lock()
-        self._arenas: weakref.WeakValueDictionary[str, Arena] = weakref.WeakValueDictionary()
+        self._arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
 
-    def arena(self, role: str, like: Sequence[Tensor]) -> Arena:
-        """Large enough for these tensors; the same for all functions, as long as none needs a larger one."""
-        size = sum(_whole(t) for t in like)
-        found = self._arenas.get(role)
-        if found is None or found.memory.numel() < size:
-            found = Arena(torch.zeros(size, dtype=torch.uint8, device=self.device))
-            self._arenas[role] = found
-        return found
+    def arena(self, size: int) -> Arena:
+        """At least so many bytes; the same for all functions, as long as none needs a larger one."""
+        for arena in self._arenas:
+            if arena.memory.numel() >= size:
+                return arena
+        made = Arena(torch.zeros(size, dtype=torch.uint8, device=self.device))
+        self._arenas.add(made)
+        return made
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from titans_ds.errors import ConfigError
-from titans_ds.memory.kernels.capture import Capture
+from titans_ds.memory.kernels.buffers import Gathered, Slots, part
+from titans_ds.memory.kernels.capture import Capture, num_bytes
 
 _LOG = logging.getLogger(__name__)
 _MOST = 24  # captured pairs of one owner, with gradients and without; calls of further shapes run without a graph
@@ -35,45 +37,42 @@ class Result:
     Args:
         outputs: by name.
         heard: tensors inside the function, whose gradients are handed out in the backward pass, too.
+        totals: outputs that are sums over all rows.
     """
 
     outputs: Tensors
     heard: list[Tensor] = field(default_factory=list)
+    totals: frozenset[str] = frozenset()
 
 
 # (inputs, parameters) -> Result: without randomness, without a wait for the device; what it branches on is in its key.
 Function = Callable[[Tensors, Tensors], Result]
 
 
-class _Slots:
-    """Buffers, filled and emptied with one launch a dtype where shapes and strides allow it."""
+@dataclass(frozen=True)
+class Slices:
+    """How a call's rows (samples) are cut, where they have nothing to do with one another.
 
-    def __init__(self, where: Capture, role: str, like: Sequence[Tensor]) -> None:
-        self._arena = where.arena(role, like)
-        self.buffers = self._arena.views(like)
-        dtypes = dict.fromkeys(t.dtype for t in like)
-        self._groups = [[i for i, t in enumerate(like) if t.dtype == dtype] for dtype in dtypes]
+    Args:
+        count: number of slices, of equally many rows: dimension 0 of every input, of every output that is no total, and
+            of what is heard.
+        shared: inputs that have no rows, and go whole into every slice.
+    """
 
-    def fill(self, sources: Sequence[Tensor | None]) -> None:
-        """Copy; zeros where there is nothing to copy."""
-        for group in self._groups:
-            given = [(self.buffers[i], t) for i in group if (t := sources[i]) is not None]
-            if given:
-                torch._foreach_copy_([b for b, _ in given], [t for _, t in given], non_blocking=True)
-            empty = [self.buffers[i] for i in group if sources[i] is None]
-            if empty:
-                torch._foreach_zero_(empty)
+    count: int = 1
+    shared: frozenset[str] = frozenset()
 
-    def copies(self) -> list[Tensor]:
-        """New tensors of the same content."""
-        made = [torch.empty_like(t) for t in self.buffers]
-        for group in self._groups:
-            torch._foreach_copy_([made[i] for i in group], [self.buffers[i] for i in group])
-        return made
+    def first(self, given: Tensors) -> Tensors:
+        """What the function is captured for."""
+        if self.count == 1:
+            return given
+        return {n: t if n in self.shared else t.detach()[: t.shape[0] // self.count] for n, t in given.items()}
 
 
 class Captured:
-    """A function at fixed shapes. Make one with `capture`, outside of a backward pass.
+    """A function at fixed shapes: those of a slice, of which a call may have any number. Not made in a backward pass.
+
+    Results lie where inputs lay: a replay takes its inputs first, and leaves results last.
 
     Args:
         function: see there.
@@ -87,93 +86,117 @@ class Captured:
     ) -> None:
         self._where, self._names, self._held, self._needs = where, list(given), list(held), needs
         self.places = places(held.values())
-        self._given = _Slots(where, "given", list(given.values()))
-        self._given.fill([t.detach() for t in given.values()])
         self.connected: set[str] = set()  # of inputs and parameters: those that get a gradient
-        static = dict(zip(given, self._given.buffers, strict=True))
+        given = {n: t.detach().clone() for n, t in given.items()}
         fixed = {n: t.detach() for n, t in held.items()}
-        self._learn(function, static, fixed)
-        self._record(function, static, fixed)
+        self._learn(function, given, fixed)
+        self._record(function, given, fixed)
 
-    def _learn(self, function: Function, static: Tensors, fixed: Tensors) -> None:
-        """Outputs, and buffers for them and for gradients."""
+    def _learn(self, function: Function, given: Tensors, fixed: Tensors) -> None:
+        """Outputs, and buffers for inputs, outputs and gradients."""
         found: list[Result] = []
 
         def run() -> None:
             with torch.set_grad_enabled(bool(self._needs)):
-                found.append(function(*_leaves(static, fixed, self._needs)))
+                found.append(function(*_leaves(given, fixed, self._needs)))
 
         self._where.warm_up(run)
         outputs, heard = found[0].outputs, found[0].heard
-        self.outputs = list(outputs)
+        self.outputs, self.totals = list(outputs), found[0].totals
         self.differentiable = [n for n, t in outputs.items() if t.requires_grad]
-        self._made = _Slots(self._where, "made", list(outputs.values()))
-        if self.differentiable:
-            asked = [t for n, t in (static | fixed).items() if n in self._needs] + heard
-            self._d_outputs = _Slots(self._where, "asked", [outputs[n] for n in self.differentiable])
-            self._gradients = _Slots(self._where, "made", asked)
+        gradients = [t for n, t in (given | fixed).items() if n in self._needs] + heard if self.differentiable else []
+        self._make_buffers(list(given.values()), outputs, gradients)
 
-    def _record(self, function: Function, static: Tensors, fixed: Tensors) -> None:
+    def _make_buffers(self, given: list[Tensor], outputs: Tensors, gradients: list[Tensor]) -> None:
+        made, asked = list(outputs.values()), [outputs[n] for n in self.differentiable]
+        behind = num_bytes(given)
+        arena = self._where.arena(max(behind + num_bytes(asked), num_bytes(made), num_bytes(gradients)))
+        self._given, self._d_outputs = Slots(arena, 0, given), Slots(arena, behind, asked)
+        self._made, self._gradients = Slots(arena, 0, made), Slots(arena, 0, gradients)
+
+    def _record(self, function: Function, given: Tensors, fixed: Tensors) -> None:
+        static = dict(zip(given, self._given.buffers, strict=True))
+
         def forward() -> None:
             with torch.no_grad():
-                self._made.fill(list(function(static, fixed).outputs.values()))
+                self._made.take(list(function(static, fixed).outputs.values()))
 
         def backward() -> None:
-            found = self._differentiate(function, static, fixed, self._d_outputs.buffers)
+            # In this thread: another one has a workspace of its own in cuBLAS, 32 MiB on an H100.
+            with torch.autograd.set_multithreading_enabled(False):
+                found = self._differentiate(function, static, fixed, self._d_outputs.buffers)
             self.connected = {n for n, t in zip(self._asked, found, strict=False) if t is not None}
-            self._gradients.fill(found)
+            self._gradients.take(found)
 
         with torch.no_grad():
-            self._where.warm_up(forward)
-            self._forward = self._where.record(forward)
+            self._forward = self._capture(forward, given)
             if self.differentiable:
-                self._where.warm_up(backward)
-                self._backward = self._where.record(backward)
+                self._backward = self._capture(backward, given)
 
-    def forward(self, flat: Sequence[Tensor], function: Function) -> tuple[Tensor, ...]:
+    def _capture(self, function: Callable[[], None], given: Tensors) -> Callable[[], None]:
+        self._given.fill(list(given.values()))
+        self._where.warm_up(function)
+        return self._where.record(function)
+
+    def forward(self, flat: Sequence[Tensor], function: Function, slices: Slices) -> tuple[Tensor, ...]:
         """The outputs, from inputs and parameters."""
         given, held = self._split(flat)
         if places(held.values()) != self.places:
             with torch.no_grad():
                 return tuple(t.clone() for t in function(given, held).outputs.values())
         with self._where.turn():
-            self._given.fill(list(given.values()))
-            self._forward()
-            return tuple(self._made.copies())
+            found = Gathered(self._made, [n not in self.totals for n in self.outputs], slices.count)
+            for index in range(slices.count):
+                self._fill(given, index)
+                self._forward()
+                found.take(index)
+            return tuple(found.tensors)
 
     def backward(
-        self, flat: Sequence[Tensor], d_outputs: Sequence[Tensor | None], function: Function
+        self, flat: Sequence[Tensor], d_outputs: Sequence[Tensor | None], function: Function, slices: Slices
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Gradients in inputs and parameters (None where there is none), and those of what is heard."""
         given, held = self._split(flat)
+        found: list[Tensor | None]
         if places(held.values()) == self.places:
-            with self._where.turn():
-                self._given.fill(list(given.values()))
-                self._d_outputs.fill(d_outputs)
-                self._backward()
-                copies = self._gradients.copies()
-            found: list[Tensor | None] = list(copies)
+            found = list(self._replay_backward(given, d_outputs, slices))
         else:
-            known = [
-                torch.zeros_like(b) if d is None else d for b, d in zip(self._d_outputs.buffers, d_outputs, strict=True)
-            ]
-            found = self._differentiate(function, given, held, known)
+            found = self._differentiate(function, given, held, d_outputs)
         by_name = {n: t for n, t in zip(self._asked, found, strict=False) if n in self.connected}
         return [by_name.get(n) for n in (*self._names, *self._held)], found[len(self._asked) :]
+
+    def _replay_backward(self, given: Tensors, d_outputs: Sequence[Tensor | None], slices: Slices) -> list[Tensor]:
+        by_row = [n in given and n not in slices.shared for n in self._asked]
+        by_row += [True] * (len(self._gradients.buffers) - len(by_row))
+        with self._where.turn():
+            found = Gathered(self._gradients, by_row, slices.count)
+            for index in range(slices.count):
+                self._fill(given, index)
+                buffers = zip(d_outputs, self._d_outputs.buffers, strict=True)
+                self._d_outputs.fill([None if d is None else part(d, index, b) for d, b in buffers])
+                self._backward()
+                found.take(index)
+        return found.tensors
+
+    def _fill(self, given: Tensors, index: int) -> None:
+        self._given.fill([part(t, index, b) for t, b in zip(given.values(), self._given.buffers, strict=True)])
 
     @property
     def _asked(self) -> list[str]:
         return [n for n in (*self._names, *self._held) if n in self._needs]
 
     def _differentiate(
-        self, function: Function, given: Tensors, held: Tensors, d_outputs: Sequence[Tensor]
+        self, function: Function, given: Tensors, held: Tensors, d_outputs: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         with torch.enable_grad():
             given, held = _leaves(given, held, self._needs)
             result = function(given, held)
-        outputs = [result.outputs[n] for n in self.differentiable]
+        outputs, heard = [result.outputs[n] for n in self.differentiable], result.heard
+        known = [torch.zeros_like(t) if d is None else d for t, d in zip(outputs, d_outputs, strict=True)]
+        edges: list[Any] = [t if t.grad_fn is None else get_gradient_edge(t) for t in outputs]
+        del result, outputs  # whose memory nobody needs on the way back
         leaves = [t for n, t in (given | held).items() if n in self._needs]
-        return list(torch.autograd.grad(outputs, [*leaves, *result.heard], d_outputs, allow_unused=True))
+        return list(torch.autograd.grad(edges, [*leaves, *heard], known, allow_unused=True))
 
     def _split(self, flat: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
         count = len(self._names)
@@ -195,6 +218,7 @@ def places(tensors: Any) -> list[tuple[int, torch.dtype]]:
 class _Call:
     captured: Captured
     function: Function
+    slices: Slices
     hear: Callable[[Tensor], None] | None
 
 
@@ -207,7 +231,7 @@ class _Replayed(torch.autograd.Function):
         ctx.save_for_backward(*flat)
         ctx.set_materialize_grads(False)
         captured = call.captured
-        outputs = captured.forward(flat, call.function)
+        outputs = captured.forward(flat, call.function, call.slices)
         named = zip(captured.outputs, outputs, strict=True)
         ctx.mark_non_differentiable(*(t for n, t in named if n not in captured.differentiable))
         return outputs
@@ -221,7 +245,7 @@ class _Replayed(torch.autograd.Function):
                 "set training.memory_graphs to 'off' (in code: use_memory_graphs('off'))"
             )
         known = [d for n, d in zip(call.captured.outputs, d_outputs, strict=True) if n in call.captured.differentiable]
-        found, heard = call.captured.backward(ctx.saved_tensors, known, call.function)
+        found, heard = call.captured.backward(ctx.saved_tensors, known, call.function, call.slices)
         for gradient in heard:
             if call.hear is not None and gradient is not None:
                 call.hear(gradient)
@@ -244,6 +268,7 @@ class Graphs:
         given: Tensors,
         held: Tensors,
         hear: Callable[[Tensor], None] | None = None,
+        slices: Slices = Slices(),
     ) -> Tensors | None:
         """The function's outputs; None where it has to be called without a graph.
 
@@ -253,21 +278,23 @@ class Graphs:
             function: see there; may be called now or in the backward pass.
             given, held: its inputs, its parameters.
             hear: takes the gradients of what the function lets hear.
+            slices: replay the graphs of a part of the rows, one part after the other.
         """
         needs = frozenset(n for n, t in (given | held).items() if t.requires_grad and torch.is_grad_enabled())
         if hear is not None and not needs:
             return None
-        shapes = tuple((n, t.shape, t.dtype) for n, t in given.items())
-        captured = self._find((key, needs, shapes), function, given, held, needs, where)
+        first = slices.first(given)
+        shapes = tuple((n, t.shape, t.dtype) for n, t in first.items())
+        captured = self._find((key, needs, shapes, slices.shared), function, first, held, needs, where)
         if captured is None:
             return None
         # What gets no gradient must not look as if it did: an engine's hooks would wait for it, or meet none.
         flat = [t if n in captured.connected else t.detach() for n, t in (given | held).items()]
         if captured.differentiable:
-            outputs = _Replayed.apply(_Call(captured, function, hear), *flat)  # type: ignore[no-untyped-call]
+            outputs = _Replayed.apply(_Call(captured, function, slices, hear), *flat)  # type: ignore[no-untyped-call]
         else:
             with torch.no_grad():
-                outputs = captured.forward(flat, function)
+                outputs = captured.forward(flat, function, slices)
         return dict(zip(captured.outputs, outputs, strict=True))
 
     def _find(

@@ -268,7 +268,7 @@ def _block_backward(
     found: Tensors,
 ) -> tuple[Sums, list[State]]:
     """In the chunks' gradients, which are overwritten, and in W and S at the block's start."""
-    weights, momenta, _ = _scan(given, sums, chunks, start, plan, save=True)
+    weights, momenta = _scan(given, sums, chunks, start, plan, save=True)[:2]
     sums.clear()
     d_weights: list[Tensor] | list[None] = [None] * plan.depth
     if d_reads is not None:
