@@ -21,6 +21,7 @@ import gc
 import io
 import itertools
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -29,6 +30,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # pools of graphs without gaps
 
 import torch
 

@@ -162,10 +162,12 @@ def _slices(memory: NeuralMemory, hidden_BTH: Tensor, given: Tensors) -> Slices:
 
 
 def _parallel(memory: NeuralMemory) -> bool:
-    """Whether all tokens are worked on at once. Where chunk follows chunk, half the samples take as long as all."""
-    rule = memory.config.rule
+    """Whether half the samples take half the time: not where chunk follows chunk, nor in wide heads, which make three
+    times as many launches."""
+    config, rule = memory.config, memory.config.rule
     linear = rule.optimizer in ("sgd", "momentum") and memory.fan is None and kernels.chosen() != "loop"
-    return rule.chunk_size is None or (rule.chunk_semantics == "span" and linear)
+    narrow = config.dim // config.heads <= kernels.MOST_WIDTH // 2
+    return rule.chunk_size is None or (rule.chunk_semantics == "span" and linear and narrow)
 
 
 def _part(found: Tensors, prefix: str) -> LayerState:

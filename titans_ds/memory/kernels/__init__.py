@@ -79,7 +79,8 @@ def engine(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> Engine | None:
     reason = reason or (None if span else _unable(two, narrow, inner)) or _obstacle(keys_NRCD, span)
     if name == "triton" and reason is not None:
         raise ConfigError(f"TITANS_DS_KERNEL is 'triton', but {reason}. Set it to 'auto'")
-    fused = narrow and (name == "triton" or (keys_NRCD.dtype != torch.float32 and not (span and _spills(fast))))
+    apart = keys_NRCD.dtype == torch.float32 or (_spills(fast) and (span or inner.rule.max_gradient_norm is None))
+    fused = narrow and (name == "triton" or not apart)
     if reason is None and (name == "triton" or (name == "auto" and _agrees(keys_NRCD, fast, inner, fused))):
         return Engine(triton=True, fused=fused)
     if not span and not (two and (name == "torch" or keys_NRCD.shape[1] > 1)):
@@ -115,7 +116,7 @@ def _narrow(fast: Fast, keys_NRCD: Tensor) -> bool:
 
 
 def _spills(fast: Fast) -> bool:
-    """Whether the backward of `span` keeps more than the registers hold: half a minute to compile, and slow."""
+    """Whether a backward keeps more than the registers hold: half a minute to compile, and slower than products."""
     return max(fast.weights[0].shape[1:]) > MOST_WIDTH // 2
 
 
