@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 Choice = Literal["auto", "on", "off"]
 CHOICES: tuple[Choice, ...] = ("auto", "on", "off")
 Answer = tuple[Tensor, LayerState, LayerState]  # of NeuralMemory.forward
-# Tokens of a slice of a batch. Buffers and pool grow with it; with fewer tokens, kernels are too short to fill a GPU.
-SLICE_TOKENS = 8192
+# Tokens of a slice of a batch, above which pool and buffers stop growing. Slices of half as many take 40% less memory,
+# and 40% more time (docs/kernels.md).
+SLICE_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,10 @@ def _slices(memory: NeuralMemory, hidden_BTH: Tensor, given: Tensors) -> Slices:
 
 
 def _parallel(memory: NeuralMemory) -> bool:
-    """Whether half the samples take half the time: not where chunk follows chunk, nor in wide heads, which make three
-    times as many launches."""
-    config, rule = memory.config, memory.config.rule
+    """Whether all tokens are worked on at once. Where chunk follows chunk, half the samples take as long as all."""
+    rule = memory.config.rule
     linear = rule.optimizer in ("sgd", "momentum") and memory.fan is None and kernels.chosen() != "loop"
-    narrow = config.dim // config.heads <= kernels.MOST_WIDTH // 2
-    return rule.chunk_size is None or (rule.chunk_semantics == "span" and linear and narrow)
+    return rule.chunk_size is None or (rule.chunk_semantics == "span" and linear)
 
 
 def _part(found: Tensors, prefix: str) -> LayerState:
