@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from titans_ds.graft.injection import GraftedMemory
-from titans_ds.memory import Access, LayerState, Tape
+from titans_ds.memory import Access, LayerState, NeuralMemory, Tape, write_function
 
 
 def replay(
@@ -30,8 +30,10 @@ def replay(
         tapes: of the segments.
         state: by layer, before the first segment; None for W_0.
         access: what every segment's call has in common.
-        checkpointing: write each segment a third time in the backward pass, instead of keeping its graph.
+        checkpointing: write each segment a third time in the backward pass, instead of keeping its graph; not where
+            that is little more than what it wrote, and a third time takes longer than it is worth.
     """
+    checkpointing = checkpointing and not _keeps_little(grafted.memory, access)
     chunked = grafted.memory.config.rule.chunk_size is not None
     answers, layer = [], None if state is None else dict(state[index])
     for number, tape in enumerate(tapes):
@@ -46,6 +48,12 @@ def replay(
         answers.append(answer)
         layer = dict(layer)
     return torch.cat(answers)
+
+
+def _keeps_little(memory: NeuralMemory, access: Access) -> bool:
+    """Whether a write's graph is its keys, values and what it wrote: one chunk a segment, and back by hand."""
+    rule = memory.config.rule
+    return access.derived and rule.chunk_size is None and write_function.covers(rule, memory.form(1))
 
 
 def _write(grafted: GraftedMemory, hidden: Tensor, *inputs: Any) -> tuple[Tensor, LayerState]:
