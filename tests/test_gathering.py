@@ -62,6 +62,9 @@ def test_low_rank_adapters_are_left_alone() -> None:
 def test_the_largest_layer_is_gathered_ahead() -> None:
     layers = [nn.Sequential(nn.Linear(n, 10_000, bias=False, device="meta")) for n in (1_000, 9_000, 4_000)]
     assert prefetch_whole({"stage": 3}, layers) == {"stage": 3, "stage3_prefetch_bucket_size": 90_000_000}
+    layers[1][0].weight = nn.Parameter(torch.empty(0, device="meta"))  # as ZeRO-3 leaves it when it has loaded it
+    layers[1][0].weight.ds_numel = 95_000_000
+    assert prefetch_whole({}, layers) == {"stage3_prefetch_bucket_size": 95_000_000}
     given = {"stage": 3, "stage3_prefetch_bucket_size": 7}
     assert prefetch_whole(given, layers) == given
     assert prefetch_whole({}, layers[:1]) == prefetch_whole({}, []) == {"stage3_prefetch_bucket_size": 50_000_000}
