@@ -52,8 +52,10 @@ def replay(
 
 def _keeps_little(memory: NeuralMemory, access: Access) -> bool:
     """Whether a write's graph is its keys, values and what it wrote: one chunk a segment, and back by hand."""
-    rule = memory.config.rule
-    return access.derived and rule.chunk_size is None and write_function.covers(rule, memory.form(1))
+    config, rule = memory.config, memory.config.rule
+    if not access.derived or rule.chunk_size is not None or config.residual_norm:
+        return False  # without a look at a norm's parameters, which ZeRO-3 gathers inside the memory alone
+    return write_function.covers(rule, memory.form(1))
 
 
 def _write(grafted: GraftedMemory, hidden: Tensor, *inputs: Any) -> tuple[Tensor, LayerState]:
