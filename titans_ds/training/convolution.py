@@ -7,6 +7,7 @@ activation over the longest tensor of the layer, which cost several times the by
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -35,9 +36,13 @@ def fuse_convolutions(base: nn.Module) -> int:
 
 def _available() -> bool:
     """Whether there is a kernel to take, and none in its place already."""
-    known = importlib.util.find_spec
-    there = torch.cuda.is_available() and known("fla") is not None and known("causal_conv1d") is None
-    return there and known("fla.modules.causal_conv1d") is not None
+    if not torch.cuda.is_available() or importlib.util.find_spec("causal_conv1d") is not None:
+        return False
+    try:
+        importlib.import_module("fla.modules.causal_conv1d")
+    except Exception:  # a broken one counts as missing, as it does in transformers
+        return False
+    return True
 
 
 def fused(plain: Callable[..., Any]) -> Callable[..., Any]:
