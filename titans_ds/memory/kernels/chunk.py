@@ -168,8 +168,7 @@ class ChunkWrites(torch.autograd.Function):
         found = _places(inputs, walked)
         if plan.engine.fused:
             _launch_backward(plan, inputs, states, d_states, found, d_ends)
-            return (None, *_of_use(found, plan), *d_ends)
-        if plan.engine.triton:
+        elif plan.engine.triton:
             wide.backward(inputs, plan.form, plan.separate, states, d_states, found, d_ends, walked)
         else:
             norm, separate = plan.max_gradient_norm, plan.separate
