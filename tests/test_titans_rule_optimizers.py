@@ -80,7 +80,7 @@ def test_a_long_chunk_goes_through_the_recurrence_block_by_block(block, monkeypa
     rule = RuleConfig(optimizer="momentum", forget_gate=0.1, token_momentum=True, token_forget_gate=True)
     eta, alpha = (torch.randn(1, 1, 20, dtype=torch.float64, generator=generator) for _ in range(2))
     active = torch.rand(1, 1, 20, generator=generator) > 0.3
-    c = coefficients(GateValues(active, momentum=eta, forget_gate=alpha), rule, torch.float64).chunk(0)
+    c = coefficients(GateValues(active, momentum=eta, forget_gate=alpha), rule, active.double()).chunk(0)
     gradients = torch.randn(20, dtype=torch.float64, generator=generator)
     w = s = torch.tensor(0.7, dtype=torch.float64)
     for t in range(20):

@@ -290,7 +290,7 @@ def _predicting(model: TitansModel, ids_BT: Tensor, prefix_BNH: Tensor) -> Tenso
 
 def _compact(ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """Written tokens to the front, and where they are."""
-    positions = Positions.of(mask_BT, ids_BT.shape[0], ids_BT.shape[1], ids_BT.device)
+    positions = Positions(mask_BT, ids_BT.shape[0], ids_BT.shape[1], ids_BT.device)
     ids = positions.compact(ids_BT.unsqueeze(-1)).squeeze(-1)
     return ids, torch.arange(ids.shape[1], device=ids.device) < positions.count_B.unsqueeze(1)
 

@@ -11,6 +11,7 @@ Legend of shape suffixes: B batch, T tokens, S slots of the stream = R chunks of
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,24 +36,34 @@ class Stream:
     Args:
         positions: which tokens are written.
         chunk_size: C.
-        pending_B: tokens carried of each sample's unfinished chunk, 0 to C - 1.
+        count_B: tokens carried of each sample's unfinished chunk, 0 to C - 1, in any dtype.
         fresh: nothing is carried by any sample, known without asking the device.
     """
 
     positions: Positions
     chunk_size: int
-    pending_B: Tensor
+    count_B: Tensor
     fresh: bool = False
+
+    @functools.cached_property
+    def pending_B(self) -> Tensor:
+        """Tokens carried, as an index."""
+        return self.count_B.long()
 
     @property
     def num_tokens(self) -> int:
         """T."""
-        return self.positions.mask_BT.shape[1]
+        return self.positions.num_tokens
 
     @property
     def aligned(self) -> bool:
         """Whether slot and position are the same: nothing is carried, and every token is written."""
         return self.fresh and self.positions.all_written
+
+    @property
+    def full(self) -> bool:
+        """Whether, beside that, the last chunk ends where the call does: every slot is taken, every chunk finished."""
+        return self.aligned and self.num_tokens % self.chunk_size == 0
 
     @property
     def num_reads(self) -> int:
@@ -92,7 +103,7 @@ class Stream:
 
         New ones by head, [B, T, heads, d], stay so where slot and position are the same and no slot is empty.
         """
-        if self.aligned and self.num_tokens % self.chunk_size == 0:
+        if self.full:
             return new_BTD
         new_BTD = new_BTD.flatten(2)
         if self.aligned:
@@ -138,17 +149,17 @@ class Work:
 
     Args:
         pairs: keys and values, and what the exact delta rule needs.
-        active_NRC: true where there is a pair to store.
+        active_NRC: true where there is a pair to store; None: everywhere.
         coefficients: of all chunks.
-        finished_NR: true where a chunk is finished and has something to write.
+        finished_NR: true where a chunk is finished and has something to write; None: everywhere.
         num_writes: chunks that can be finished.
         num_certain: chunks at the start that are, for every sample.
     """
 
     pairs: Pairs
-    active_NRC: Tensor
+    active_NRC: Tensor | None
     coefficients: Coefficients
-    finished_NR: Tensor
+    finished_NR: Tensor | None
     num_writes: int
     num_certain: int
 
@@ -195,7 +206,8 @@ def run(
             with writing():
                 at = None if parts is None else Terms(*(tuple(t[:, index] for t in p) for p in vars(parts).values()))
                 new = write_chunk(fast, work.chunk(index), work.coefficients.chunk(index), inner, at)
-                fast = new if index < work.num_certain else choose(work.finished_NR[:, index], new, fast)
+                finished = None if index < work.num_certain or work.finished_NR is None else work.finished_NR[:, index]
+                fast = new if finished is None else choose(finished, new, fast)
     return (torch.stack(reads, dim=1) if reads else None), fast
 
 

@@ -33,7 +33,8 @@ def first_state(
         state[f"w{level}"] = wide.expand(batch_size, *wide.shape)
         for letter in ("s" * config.rule.has_momentum, "v" * (config.rule.optimizer == "adamw")):
             if letter:
-                state[f"{letter}{level}"] = torch.zeros_like(wide).expand(batch_size, *wide.shape)
+                own = batch_size if config.heads > 1 else 1  # with several heads `unpack` would copy them anyway
+                state[f"{letter}{level}"] = wide.new_zeros(own, *wide.shape).expand(batch_size, *wide.shape)
     numbers = torch.zeros(batch_size, dtype=state["w0"].dtype, device=like_BTH.device)
     if config.rule.optimizer == "adamw":
         state["inner_step"] = numbers

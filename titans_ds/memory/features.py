@@ -50,7 +50,7 @@ class Convolution(nn.Module):
 
 def _earlier(extended: Tensor, offset: int, positions: Positions) -> Tensor:
     if positions.all_written:
-        return extended[:, offset : offset + positions.mask_BT.shape[1]]
+        return extended[:, offset : offset + positions.num_tokens]
     return take(extended, positions.before_BT + offset)
 
 

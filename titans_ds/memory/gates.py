@@ -76,27 +76,46 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class GateValues:
-    """Logits [N, R, C] of the gates that depend on the token, None for the others; `active`: where there is a pair."""
+    """Logits [N, R, C] of the gates that depend on the token, None for the others.
 
-    active: Tensor
+    `active`: where there is a pair; None: everywhere.
+    """
+
+    active: Tensor | None
     step_size: Tensor | None = None
     momentum: Tensor | None = None
     forget_gate: Tensor | None = None
 
 
-def coefficients(values: GateValues, rule: RuleConfig, dtype: torch.dtype) -> Coefficients:
-    """Those of all chunks at once, in the dtype of the fast weights: gates don't depend on them."""
-    active = values.active.to(dtype)
-    surprise = active / active.sum(dim=-1, keepdim=True).clamp(min=1) if rule.reduction == "mean" else active
+def coefficients(values: GateValues, rule: RuleConfig, like_NRC: Tensor) -> Coefficients:
+    """Those of all chunks at once: gates don't depend on the fast weights.
+
+    Args:
+        values: of the gates.
+        rule: see RuleConfig.
+        like_NRC: of this shape, dtype (that of the fast weights) and device.
+    """
+    surprise = _shares(values, rule, like_NRC)
     relative = None if values.step_size is None else 2 * torch.sigmoid(values.step_size)
     step = None
     if relative is not None and rule.optimizer in ("adamw", "muon"):
         step = _Mean(values.active)(relative)
         relative = relative / step.unsqueeze(-1).clamp(min=1e-6)
-    surprise = surprise if relative is None else surprise * relative
+    if relative is not None:
+        surprise = relative if surprise is None else surprise * relative
+    elif surprise is None:
+        surprise = torch.ones_like(like_NRC)
     if rule.acts_per_token:
         return _by_token(surprise, values, rule)
     return _by_chunk(surprise, step, values, rule)
+
+
+def _shares(values: GateValues, rule: RuleConfig, like_NRC: Tensor) -> Tensor | None:
+    """Of each token in its chunk's loss; None for 1."""
+    if values.active is None:
+        return torch.full_like(like_NRC, 1 / like_NRC.shape[-1]) if rule.reduction == "mean" else None
+    active = values.active.to(like_NRC.dtype)
+    return active / active.sum(dim=-1, keepdim=True).clamp(min=1) if rule.reduction == "mean" else active
 
 
 def _by_chunk(surprise: Tensor, step: Tensor | None, values: GateValues, rule: RuleConfig) -> Coefficients:
@@ -121,7 +140,7 @@ def _by_token(surprise: Tensor, values: GateValues, rule: RuleConfig) -> Coeffic
     if rule.optimizer == "sgd":
         return Coefficients(surprise, to_weights=surprise * after, keep=keep)
     log_eta = _log_sigmoid(values.momentum, math.log(rule.momentum), values.active, surprise)
-    sums, carry = _momentum_into_weights(after * values.active, log_eta)
+    sums, carry = _momentum_into_weights(after if values.active is None else after * values.active, log_eta)
     total_eta = log_eta.sum(dim=-1, keepdim=True)
     to_momentum = surprise * torch.exp(total_eta - log_eta.cumsum(dim=-1))
     return Coefficients(surprise, surprise * sums, to_momentum, keep, torch.exp(total_eta.squeeze(-1)), carry)
@@ -133,9 +152,9 @@ def log_keeps(values: GateValues, rule: RuleConfig, like: Tensor) -> Tensor:
     return _log_sigmoid(logits, math.log1p(-rule.forget_gate), values.active, like)
 
 
-def _log_sigmoid(logits: Tensor | None, constant: float, active: Tensor, like: Tensor) -> Tensor:
+def _log_sigmoid(logits: Tensor | None, constant: float, active: Tensor | None, like: Tensor) -> Tensor:
     values = torch.full_like(like, constant) if logits is None else F.logsigmoid(logits)
-    return values.masked_fill(~active, 0)
+    return values if active is None else values.masked_fill(~active, 0)
 
 
 def _momentum_into_weights(after: Tensor, log_eta: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,13 +177,15 @@ def _momentum_into_weights(after: Tensor, log_eta: Tensor) -> tuple[Tensor, Tens
 
 
 class _Mean:
-    """Of a chunk's active tokens, [..., C] -> [...]; 0 where there is none."""
+    """Of a chunk's active tokens (None: all), [..., C] -> [...]; 0 where there is none."""
 
-    def __init__(self, active: Tensor) -> None:
-        self.idle, self.count = ~active, active.sum(dim=-1).clamp(min=1)
+    def __init__(self, active: Tensor | None) -> None:
+        self._all = active is None
+        if active is not None:
+            self._idle, self._count = ~active, active.sum(dim=-1).clamp(min=1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x.masked_fill(self.idle, 0).sum(dim=-1) / self.count
+        return x.mean(dim=-1) if self._all else x.masked_fill(self._idle, 0).sum(dim=-1) / self._count
 
 
 def logit(p: float) -> float:

@@ -105,7 +105,7 @@ class NeuralMemory(MemoryParts):
         """`forward`, kernel by kernel. Never waits for the device, so that it can be captured."""
         fresh = state is None
         state = self._start(hidden_BTH, state, reset_B, access)
-        positions = Positions.of(mask_BT, hidden_BTH.shape[0], hidden_BTH.shape[1], hidden_BTH.device)
+        positions = Positions(mask_BT, hidden_BTH.shape[0], hidden_BTH.shape[1], hidden_BTH.device)
         call = _Call(state, positions, unpack(state, self.config), self._inner(state, access), access, fresh)
         if access.replay is not None and access.replay.queries is not None:
             queries = access.replay.queries.to(hidden_BTH.device, non_blocking=True)
@@ -144,7 +144,7 @@ class NeuralMemory(MemoryParts):
 
         ZeRO-3 adds a parameter's gradients to those of the step before, unless there is one in a step's first backward.
         """
-        token = Positions.of(None, record.hidden.shape[0], 1, record.hidden.device)
+        token = Positions(None, record.hidden.shape[0], 1, record.hidden.device)
         written = self.written(record.hidden[:, :1], call.state, token)
         own = [getattr(self, f"initial_w{level}") for level in range(self.config.depth)]
         norm = self.form(1).norm or ()
@@ -168,7 +168,8 @@ class NeuralMemory(MemoryParts):
             form = replace(form, norm=(form.norm[0].detach(), form.norm[1].detach()))  # the second phase has it whole
         steps = self.config.inner_steps if controls.inner_steps is None else controls.inner_steps
         if access.write or access.record is not None or access.replay is not None:
-            sizes = self.step_sizes(state["w0"]) * controls.sign
+            sizes = self.step_sizes(state["w0"])
+            sizes = sizes if controls.sign == 1 else sizes * controls.sign
         else:  # a read needs none
             sizes = state["w0"].new_empty(0)
         return Inner(self.config.rule, form, sizes, steps, access.derived, self.fan)
@@ -189,11 +190,11 @@ class NeuralMemory(MemoryParts):
     def _write_whole(self, queries_BTD: Tensor, written: Written, call: _Call) -> tuple[Tensor, LayerState, LayerState]:
         """All tokens of the call as one chunk."""
         with call.access.writing():
-            everything = written.paired.any(dim=1, keepdim=True)
+            everything = None if written.paired is None else written.paired.any(dim=1, keepdim=True)
             # Plain gradient descent without a token to write changes nothing.
             rule = self.config.rule
-            certain = rule.optimizer == "sgd" and rule.forget_gate == 0
-            work = self._work(written, everything, (1, int(certain)), call)
+            certain = everything is None or (rule.optimizer == "sgd" and rule.forget_gate == 0)
+            work = self._work(written, everything, (1, 1, int(certain)), call)
         _, fast = chunks.run(call.fast, work, call.inner, None, call.access.writing)
         return self._read(queries_BTD, call), pack(fast, self.config), self._stats(fast, work, call)
 
@@ -202,11 +203,12 @@ class NeuralMemory(MemoryParts):
     ) -> tuple[Tensor, LayerState, LayerState]:
         """Chunk after chunk of the samples' streams; reads in between, unless the queries are not the tokens'."""
         state, heads = call.state, self.config.heads
-        stream = Stream(call.positions, self.config.rule.chunk_size or 1, state["pending_count"].long(), call.fresh)
+        stream = Stream(call.positions, self.config.rule.chunk_size or 1, state["pending_count"], call.fresh)
         with call.access.writing():
             laid, pending = _lay_out(written, state, stream)
             certain = 0 if self.config.token_shift else stream.num_certain
-            work = self._work(laid, stream.finished_BR, (stream.num_writes, certain), call)
+            finished_BR = None if stream.full else stream.finished_BR
+            work = self._work(laid, finished_BR, (stream.num_reads, stream.num_writes, certain), call)
         queries = self._chunked(stream.lay_out(None, queries_BTD), stream.num_reads) if by_token else None
         reads, fast = chunks.run(call.fast, work, call.inner, queries, call.access.writing)
         new, stats = pack(fast, self.config) | pending, self._stats(fast, work, call)
@@ -225,21 +227,33 @@ class NeuralMemory(MemoryParts):
         """[B, S, heads * d] (or [B, S, heads, d]) -> [N, R, C, d]."""
         return torch.unflatten(features.split_heads(x_BSD, self.config.heads), 1, (num_chunks, -1))
 
-    def _work(self, laid: Written, finished_BR: Tensor, counts: tuple[int, int], call: _Call) -> Work:
-        """Split into heads and chunks, pool, and compute what the gates make of the gradients."""
-        config, rule, num_chunks = self.config, self.config.rule, finished_BR.shape[1]
+    def _work(self, laid: Written, finished_BR: Tensor | None, counts: tuple[int, int, int], call: _Call) -> Work:
+        """Split into heads and chunks, pool, and compute what the gates make of the gradients.
+
+        Args:
+            laid: by slot.
+            finished_BR: None: all are.
+            counts: chunks; those that can be finished; those at the start that are.
+            call: of the memory.
+        """
+        config, rule, num_chunks = self.config, self.config.rule, counts[0]
         keys, values = self._chunked(laid.keys, num_chunks), self._chunked(laid.values, num_chunks)
-        active = torch.unflatten(laid.paired.repeat_interleave(config.heads, dim=0), 1, (num_chunks, -1))
+        active = None
+        if laid.paired is not None:
+            active = torch.unflatten(laid.paired.repeat_interleave(config.heads, dim=0), 1, (num_chunks, -1))
         logits = self._gate_logits(laid.logits, num_chunks)
         if config.write == "pooled":
+            active = keys.new_ones(keys.shape[:3], dtype=torch.bool) if active is None else active
             keys, values = pool(keys, active), pool(values, active)
             logits = [pool(part.unsqueeze(-1), active).squeeze(-1) for part in logits]
             active = active.any(dim=-1, keepdim=True)
         gates = GateValues(active, **dict(zip(rule.token_gates, logits, strict=True)))
-        finished = finished_BR.repeat_interleave(config.heads, dim=0) & active.any(dim=-1)
-        coefficients_ = coefficients(gates, rule, call.fast.weights[0].dtype)
+        finished = None if finished_BR is None else finished_BR.repeat_interleave(config.heads, dim=0)
+        if active is not None:
+            finished = active.any(dim=-1) if finished is None else finished & active.any(dim=-1)
+        coefficients_ = coefficients(gates, rule, keys.new_empty(keys.shape[:3], dtype=call.fast.weights[0].dtype))
         log_keep = log_keeps(gates, rule, coefficients_.surprise) if rule.chunk_semantics == "delta" else None
-        return Work(Pairs(keys, values, log_keep), active, coefficients_, finished, *counts)
+        return Work(Pairs(keys, values, log_keep), active, coefficients_, finished, *counts[1:])
 
     def _gate_logits(self, laid_BSG: Tensor, num_chunks: int) -> list[Tensor]:
         """[B, S, gates * heads] -> of every gate [N, R, C]."""
@@ -267,7 +281,10 @@ class _Call:
 def _lay_out(written: Written, state: LayerState, stream: Stream) -> tuple[Written, LayerState]:
     """Carried and new tokens by slot, and the unfinished chunk to carry on."""
     names = ("keys", "values", "gates", "paired")
-    paired = written.paired.to(state["pending_paired"].dtype).unsqueeze(-1)
+    if stream.full and written.paired is None:
+        return written, {f"pending_{n}": state[f"pending_{n}"] for n in (*names, "count")}  # nothing, as before
+    paired_BT = stream.positions.mask_BT if written.paired is None else written.paired
+    paired = paired_BT.to(state["pending_paired"].dtype).unsqueeze(-1)
     laid = [
         stream.lay_out(state[f"pending_{name}"], x)
         for name, x in zip(names, (written.keys, written.values, written.logits, paired), strict=True)

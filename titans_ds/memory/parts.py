@@ -32,12 +32,13 @@ class Written:
         keys, values: [B, T, heads, d] (by slot [B, S, D] too); finite everywhere.
         logits: of the gates, [B, T, gates * heads]; no gates, no width.
         paired: true where there is a pair to store, [B, T]; a token shift's very first token has none.
+            None: everywhere.
     """
 
     keys: Tensor
     values: Tensor
     logits: Tensor
-    paired: Tensor
+    paired: Tensor | None
 
 
 class MemoryParts(nn.Module):
@@ -105,11 +106,11 @@ class MemoryParts(nn.Module):
 
     def written(self, hidden_BTH: Tensor, state: LayerState, positions: Positions) -> Written:
         """Keys, values and gates of a call's tokens."""
-        source_BTH, paired_BT = hidden_BTH, positions.mask_BT
+        source_BTH, paired_BT = hidden_BTH, None if positions.all_written else positions.mask_BT
         if self.config.token_shift:
             source_BTH, has_previous_BT = previous_tokens(hidden_BTH, state, positions.mask_BT)
-            paired_BT = paired_BT & has_previous_BT
-        if self.config.token_shift or not positions.all_written:
+            paired_BT = positions.mask_BT & has_previous_BT
+        if paired_BT is not None:
             # A padding position may hold anything, NaN too: 0 times it would not be 0.
             source_BTH = source_BTH.masked_fill(~paired_BT.unsqueeze(-1), 0)
             hidden_BTH = hidden_BTH.masked_fill(~positions.mask_BT.unsqueeze(-1), 0)

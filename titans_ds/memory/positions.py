@@ -5,6 +5,7 @@ Legend of shape suffixes: B batch, T tokens, H any width. Padding may stand anyw
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,33 +16,49 @@ from titans_ds.memory.state import LayerState, choose_rows
 
 @dataclass(frozen=True)
 class Positions:
-    """The written tokens of one call.
+    """The written tokens of one call; what follows from the mask is computed when first asked for.
 
     Args:
-        mask_BT: true where a token is written.
-        before_BT: number of written tokens before each position.
-        order_BT: the written tokens' positions first, in their order.
-        count_B: number of written tokens.
-        all_written: known without looking at the mask.
+        given_BT: the mask, true (1) where a token is written; None writes every token.
+        batch_size, num_tokens: B, T.
+        device: of the call.
     """
 
-    mask_BT: Tensor
-    before_BT: Tensor
-    order_BT: Tensor
-    count_B: Tensor
-    all_written: bool
+    given_BT: Tensor | None
+    batch_size: int
+    num_tokens: int
+    device: torch.device
 
-    @classmethod
-    def of(cls, mask_BT: Tensor | None, batch_size: int, num_tokens: int, device: torch.device) -> Positions:
-        """Count; a mask of None writes every token."""
-        if mask_BT is None:
-            index_BT = torch.arange(num_tokens, device=device).expand(batch_size, -1)
-            count_B = torch.full((batch_size,), num_tokens, device=device)
-            return cls(torch.ones_like(index_BT, dtype=torch.bool), index_BT, index_BT, count_B, True)
-        mask_BT = mask_BT.bool()
-        before_BT = mask_BT.long().cumsum(dim=1) - mask_BT.long()
-        order_BT = torch.argsort(~mask_BT, dim=1, stable=True)
-        return cls(mask_BT, before_BT, order_BT, mask_BT.sum(dim=1), False)
+    @property
+    def all_written(self) -> bool:
+        """Known without looking at the mask."""
+        return self.given_BT is None
+
+    @functools.cached_property
+    def mask_BT(self) -> Tensor:
+        """True where a token is written."""
+        if self.given_BT is not None:
+            return self.given_BT.bool()
+        return torch.ones(self.batch_size, self.num_tokens, dtype=torch.bool, device=self.device)
+
+    @functools.cached_property
+    def before_BT(self) -> Tensor:
+        """Number of written tokens before each position."""
+        if self.given_BT is None:
+            return torch.arange(self.num_tokens, device=self.device).expand(self.batch_size, -1)
+        return self.mask_BT.long().cumsum(dim=1) - self.mask_BT.long()
+
+    @functools.cached_property
+    def order_BT(self) -> Tensor:
+        """The written tokens' positions first, in their order."""
+        return self.before_BT if self.given_BT is None else torch.argsort(~self.mask_BT, dim=1, stable=True)
+
+    @functools.cached_property
+    def count_B(self) -> Tensor:
+        """Number of written tokens."""
+        if self.given_BT is None:
+            return torch.full((self.batch_size,), self.num_tokens, device=self.device)
+        return self.mask_BT.sum(dim=1)
 
     def compact(self, x_BTH: Tensor) -> Tensor:
         """Written tokens first, in their order."""

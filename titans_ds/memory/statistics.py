@@ -15,10 +15,12 @@ from titans_ds.memory.state import LayerState
 @torch.no_grad()
 def write_stats(before: Fast, after: Fast, work: Work, form: Form, heads: int) -> LayerState:
     """inner_loss_before, inner_loss_after (means over the pairs written, sums over heads) and write_norm, each [B]."""
-    stored = work.active_NRC & work.finished_NR.unsqueeze(-1)
+    keys, values = work.pairs.keys, work.pairs.values
+    stored = keys.new_ones(keys.shape[:3], dtype=torch.bool) if work.active_NRC is None else work.active_NRC
+    stored = stored if work.finished_NR is None else stored & work.finished_NR.unsqueeze(-1)
     stored_NS = stored.flatten(1)
     shares_NS = stored_NS / stored_NS.sum(dim=1, keepdim=True).clamp(min=1)
-    keys, values = work.pairs.keys.flatten(1, 2), work.pairs.values.flatten(1, 2)
+    keys, values = keys.flatten(1, 2), values.flatten(1, 2)
 
     def loss(weights: Weights) -> Tensor:
         return torch.unflatten(network.loss(weights, keys, values, shares_NS, form), 0, (-1, heads)).sum(dim=1)

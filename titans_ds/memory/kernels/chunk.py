@@ -57,7 +57,7 @@ def run_chunk(
     fast: Fast,
     pairs: Pairs,
     c: Coefficients,
-    finished_NR: Tensor,
+    finished_NR: Tensor | None,
     inner: Inner,
     queries_NRCD: Tensor | None,
     graph: bool,
@@ -69,7 +69,7 @@ def run_chunk(
         fast: at the start.
         pairs: of all chunks, [N, R, C, D].
         c: of all chunks.
-        finished_NR: true where a chunk is written.
+        finished_NR: true where a chunk is written; None: everywhere.
         inner: the inner problem; `kernels.chunks` says which ones are supported.
         queries_NRCD: by chunk; None reads nothing.
         graph: differentiate through the write.
@@ -79,8 +79,9 @@ def run_chunk(
     for block in _blocks(pairs.keys, fast):
         part = Pairs(pairs.keys[:, block], pairs.values[:, block])
         asked = None if queries_NRCD is None else queries_NRCD[:, block]
+        finished = None if finished_NR is None else finished_NR[:, block]
         with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
-            states, new = _write(fast, part, c.block(block), finished_NR[:, block], inner, graph, engine)
+            states, new = _write(fast, part, c.block(block), finished, inner, graph, engine)
         if asked is not None:
             reads.append(_read_block(fast, states, asked, inner.form, graph, engine))
         fast = new
@@ -118,7 +119,7 @@ def _read(states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form, engine: 
 
 
 def _write(
-    fast: Fast, pairs: Pairs, c: Coefficients, finished_NR: Tensor, inner: Inner, graph: bool, engine: Engine
+    fast: Fast, pairs: Pairs, c: Coefficients, finished_NR: Tensor | None, inner: Inner, graph: bool, engine: Engine
 ) -> tuple[tuple[Tensor, ...], Fast]:
     f = factors(c, finished_NR, inner)
     norm = inner.rule.max_gradient_norm

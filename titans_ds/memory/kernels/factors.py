@@ -33,17 +33,21 @@ class Factors:
     carry: Tensor
 
 
-def factors(c: Coefficients, finished_NR: Tensor, inner: Inner) -> Factors:
-    """From the coefficients of all chunks."""
-    ones = torch.ones_like(c.surprise[..., 0])
+def factors(c: Coefficients, finished_NR: Tensor | None, inner: Inner) -> Factors:
+    """From the coefficients of all chunks; finished_NR: see chunks.Work."""
+    idle = None if finished_NR is None else ~finished_NR
 
     def masked(t: Tensor | None, neutral: float) -> Tensor:
-        return ones if t is None else torch.where(finished_NR, t, neutral)
+        if t is None:
+            return torch.ones_like(c.surprise[..., 0])
+        return t if idle is None else t.masked_fill(idle, neutral)
 
-    mask = finished_NR.unsqueeze(-1)
+    def weighed(t: Tensor) -> Tensor:
+        return t if finished_NR is None else t * finished_NR.unsqueeze(-1)
+
     sizes = -inner.step_sizes.view(-1, 1, 1, 1)
-    surprise = c.surprise * mask
-    a = sizes * (surprise if c.to_weights is None else c.to_weights * mask)
-    b = a if c.to_momentum is None else sizes * (c.to_momentum * mask)
+    surprise = weighed(c.surprise)
+    a = sizes * (surprise if c.to_weights is None else weighed(c.to_weights))
+    b = a if c.to_momentum is None else sizes * weighed(c.to_momentum)
     carry = c.momentum_keep if c.carry is None else c.carry
     return Factors(a, b, surprise, masked(c.keep, 1.0), masked(c.momentum_keep, 1.0), masked(carry, 0.0))

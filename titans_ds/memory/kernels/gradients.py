@@ -70,7 +70,7 @@ def chunk_gradients_backward(
     Args:
         given, chunks, problem, trace: as there.
         d_sums: in the sums; overwritten.
-        found: where it goes: into these chunks of what is by chunk, on top of what is there elsewhere.
+        found: where it goes: into these chunks of what is by chunk, on top of what is there (or not yet) elsewhere.
     """
     if problem.fused:
         launch.span_backward(given, chunks, problem.form, problem.max_gradient_norm, d_sums, found)
@@ -88,7 +88,7 @@ def chunk_gradients_backward(
             place = _cut(found[name], name, chunks)
             place.zero_() if d is None else place.copy_(d)
         elif d is not None:
-            found[name] += d
+            launch.add(found, name, d)
 
 
 def _part(given: Tensors, chunks: slice) -> Tensors:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans_ds.memory.kernels import chosen
+from titans_ds.memory.kernels.products import wide_product
 
 _EPS = 1e-12  # as in torch.nn.functional.normalize
 _TILE = 4096  # entries that a program has
@@ -107,9 +108,11 @@ class SplitHeads(torch.autograd.Function):
         _launch(heads_backward, x_BTD, (x_BTD, d_y.transpose(1, 2).contiguous(), d_x), ctx.rule)
         if narrow is None:
             return d_x, None, None
-        d_weight = d_x.flatten(0, 1).mT @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = wide_product(d_x.flatten(0, 1).mT, x.flatten(0, 1), ctx.dtype)
         d_hidden = d_x @ narrow if ctx.needs_input_grad[0] else None
-        return d_hidden, None if d_weight is None else d_weight.to(ctx.dtype), None
+        return d_hidden, d_weight, None
 
 
 def _project(x: Tensor, weight_DH: Tensor | None) -> Tensor:

@@ -99,7 +99,15 @@ def span_backward(
     )  # fmt: skip
     # The kernel leaves each chunk's share there: added up like this, and not by atomics, every run is the same.
     for level, d in enumerate(d_sums):
-        found[f"w{level}"] += d[0].sum(dim=1, dtype=found[f"w{level}"].dtype)
+        add(found, f"w{level}", d[0].sum(dim=1, dtype=torch.float32))
+
+
+def add(found: dict[str, Tensor], name: str, derivative: Tensor) -> None:
+    """On top of what is there; at least in fp32 where there is nothing yet."""
+    if name in found:
+        found[name] += derivative
+    else:
+        found[name] = derivative.to(torch.promote_types(derivative.dtype, torch.float32))
 
 
 def _by_token(given: dict[str, Tensor], chunks: slice) -> list[Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_ds.memory.kernels.launch import LOSSES
+from titans_ds.memory.kernels.launch import LOSSES, add
 from titans_ds.memory.network import Form
 
 Tensors = dict[str, Tensor]
@@ -135,8 +135,8 @@ def backward(
     _hidden_backward(block, trace, d_x, d_z)
     d_keys = torch.baddbmm(d_keys, d_z, block.w1)
     found["keys"][:, chunks] = d_keys.view(block.keys.shape)
-    found["w0"] += d_z.mT @ block.keys.flatten(1, 2)
-    found["w1"] += d_w2
+    add(found, "w0", d_z.mT @ block.keys.flatten(1, 2))
+    add(found, "w1", d_w2)
 
 
 def _sum(weighted: list[Tensor], d_sums: list[Tensor], block: _Block) -> Tensor:

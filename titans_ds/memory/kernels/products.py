@@ -17,5 +17,5 @@ def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if left.dtype == dtype:
         return left @ right
     if left.is_cuda and dtype == torch.float32:
-        return torch.bmm(left, right, out_dtype=dtype)
+        return (torch.mm if left.dim() == 2 else torch.bmm)(left, right, out_dtype=dtype)
     return left.to(dtype) @ right.to(dtype)

@@ -108,7 +108,7 @@ def _run(case: Case, dtype: torch.dtype, triton: bool) -> list[Tensor]:
     active[0, -1, case.chunk // 2 :] = False
     finished = torch.ones(split[:2], dtype=torch.bool, device=case.device)
     finished[1, -1] = False
-    c = coefficients(GateValues(active, **logits), rule, torch.float32)
+    c = coefficients(GateValues(active, **logits), rule, active.float())
     inner = Inner(rule, case.form, torch.full((depth,), 0.1, device=case.device), 1)
     given = (Fast(tuple(states[:depth]), tuple(states[depth:])), Pairs(tokens[0], tokens[1]), c, finished, inner)
     run = run_span if rule.chunk_semantics == "span" else run_chunk

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from titans_ds.memory import network
 from titans_ds.memory.gates import Coefficients
-from titans_ds.memory.kernels import Engine
+from titans_ds.memory.kernels import Engine, launch
 from titans_ds.memory.kernels.factors import factors
 from titans_ds.memory.kernels.gradients import Problem, Sums, Tensors, chunk_gradients, chunk_gradients_backward
 from titans_ds.memory.kernels.reads import read, read_backward
@@ -27,7 +27,7 @@ from titans_ds.memory.network import Weights
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
 
-_BLOCK_BYTES = 4 * 2**20  # of one matrix's states in a block; the backward has six such of two matrices
+_BLOCK_BYTES = 3 * 2**20  # of one matrix's states in a block; the backward has six such of two matrices
 _LEAST_CHUNKS = 16  # in a block, whatever they take: their products must fill the device
 
 
@@ -61,7 +61,7 @@ def run_span(
     fast: Fast,
     pairs: Pairs,
     c: Coefficients,
-    finished_NR: Tensor,
+    finished_NR: Tensor | None,
     inner: Inner,
     queries_NRCD: Tensor | None,
     graph: bool,
@@ -73,7 +73,7 @@ def run_span(
         fast: at the start.
         pairs: of all chunks, [N, R, C, D].
         c: of all chunks.
-        finished_NR: true where a chunk is written.
+        finished_NR: true where a chunk is written; None: everywhere.
         inner: the inner problem: sgd or momentum, one step.
         queries_NRCD: by chunk; None reads nothing.
         graph: differentiate through the write.
@@ -96,7 +96,9 @@ def run_span(
     return network.finish(reads, queries, inner.form).view(queries_NRCD.shape), new
 
 
-def _tensors(fast: Fast, pairs: Pairs, c: Coefficients, finished_NR: Tensor, inner: Inner, graph: bool) -> Tensors:
+def _tensors(
+    fast: Fast, pairs: Pairs, c: Coefficients, finished_NR: Tensor | None, inner: Inner, graph: bool
+) -> Tensors:
     f = factors(c, finished_NR, inner)
     found = {"keys": pairs.keys, "values": pairs.values, "a": f.a, "keep": f.keep}
     if c.to_momentum is not None:
@@ -228,7 +230,7 @@ def _second_order(given: Tensors, starts: list[list[State]], plan: Plan, d_outpu
         chunk_gradients_backward(narrow, chunks, plan.problem, trace, sums, found)
         del sums, trace
     for level, (d_weight, d_momentum) in enumerate(d_end):
-        found[f"w{level}"] += d_weight
+        launch.add(found, f"w{level}", d_weight)
         if d_momentum is not None:
             found[f"s{level}"] = d_momentum
     return found | dict(zip(("keep", "eta", "carry"), shares.sum(dim=1), strict=True))
@@ -250,10 +252,9 @@ def _own(d_states: list[Tensor | None], given: Tensors, plan: Plan) -> list[Tens
 
 
 def _places(given: Tensors, plan: Plan) -> Tensors:
-    """Where derivatives go: written chunk by chunk, or summed."""
+    """Where derivatives go: written chunk by chunk, or summed. Those in the weights come with the first block."""
     found = {n: torch.empty_like(given[n]) for n in ("keys", "values", "a", "b", "c") if n in given}
-    summed = [*(n for n in ("scale", "bias") if n in given), *(f"w{i}" for i in range(plan.depth))]
-    return found | {n: torch.zeros_like(given[n], memory_format=torch.contiguous_format) for n in summed}
+    return found | {n: torch.zeros_like(given[n]) for n in ("scale", "bias") if n in given}
 
 
 def _block_backward(
