@@ -52,7 +52,7 @@ def titans(heads: int, semantics: str, seed: int = 0) -> NeuralMemory:
 
 
 def text(number: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(number)
+    generator = torch.Generator().manual_seed(100 + number)  # not that of a projection
     h = torch.randn(2, 300, 256, generator=generator).to(GPU, dtype)
     return h, (torch.rand(2, 300, generator=generator) < 0.8).to(GPU)
 

@@ -47,16 +47,15 @@ def _available() -> bool:
 
 def fused(plain: Callable[..., Any]) -> Callable[..., Any]:
     """The convolution x [B, D, T], weight [D, W] (, bias [D]) -> [B, D, T] and activation; plain where x is not on a
-    GPU, or does not lie as [B, T, D]. What is fused already stays."""
+    GPU. What is fused already stays."""
     if hasattr(plain, "titans_plain"):
         return plain
 
     @functools.wraps(plain)
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Any = None, **more: Any) -> Any:
-        rows = x.transpose(1, 2)
-        if not x.is_cuda or not rows.is_contiguous() or activation not in (None, "silu", "swish") or _packed(more):
+        if not x.is_cuda or activation not in (None, "silu", "swish") or _packed(more):
             return plain(x, weight, bias, activation, **more)
-        return _convolve(rows, weight, bias, activation).transpose(1, 2)
+        return _convolve(x.transpose(1, 2).contiguous(), weight, bias, activation).transpose(1, 2)
 
     convolve.titans_plain = plain  # type: ignore[attr-defined]
     return convolve
