@@ -4,7 +4,7 @@
     python -m benchmarks.eval_throughput --base qwen3.5-9b-random --force-new-tokens 50 --prompt-tokens 2048 \
         --context-tokens 512 --prompts 256 --batch-sizes 32,64,128 --out FILE
     python -m benchmarks.eval_throughput --base tiny --force-new-tokens 8 --prompt-tokens 64 --context-tokens 16 \
-        --prompts 8 --batch-sizes 2,4 --memory-dim 64
+        --prompts 8 --batch-sizes 2,4 --memory-dim 64 --compile none
 
 Two workloads on the same rows, greedy, with the same lengths and the same batch size:
   completions   one boundary, completions only: `generate` in batches as the rows come, left-padded, against the decoder
@@ -218,6 +218,13 @@ def _add_forced(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompts", type=int, default=64, help="prompts a way")
     group.add_argument("--batch-sizes", type=_sizes, default=[32], help="the first is that of generate; 32,64,128")
     group.add_argument("--memory-dim", type=int, default=512)
+    group.add_argument("--ways", nargs="+", choices=forced_decoding.WAYS, default=list(forced_decoding.WAYS))
+    group.add_argument(
+        "--compile",
+        choices=("mlp", "none"),
+        default="mlp",
+        help="of all ways but generate: the base model's norms, MLPs and convolutions fused (default: mlp)",
+    )
     group.add_argument("--out", type=Path, help="JSON, written anew after every way")
 
 

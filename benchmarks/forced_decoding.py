@@ -24,6 +24,7 @@ from eval.provenance import describe_environment
 from eval.subject import ModelSettings, Subject, load_base, load_tokenizer
 from titans_ds import GraftConfig, MemoryConfig
 
+WAYS = ("generate", "growing", "fixed", "concat", "memory")
 _WHOLE_RUN = 2665 * 4  # rows of CrossCodeEval's Python part, in four modes
 _TOKENIZER = Path(titans_ds.__file__).parent / "assets" / "base_hybrid"
 
@@ -139,14 +140,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         save(report, options.out)
         print(f"{name}: {report['ways'][name]}", flush=True)
 
-    way(f"generate@{first}", lambda count, new: work.generate(first, count, new), first)
-    way(f"growing@{first}", lambda count, new: work.decode(first, count, new, False), first)
-    for size in sizes:
+    if "generate" in options.ways:
+        way(f"generate@{first}", lambda count, new: work.generate(first, count, new), first)
+    if options.compile != "none":
+        work.vanilla.compile()  # for what follows: `generate` has the model as transformers makes it
+    if "growing" in options.ways:
+        way(f"growing@{first}", lambda count, new: work.decode(first, count, new, False), first)
+    for size in sizes if "fixed" in options.ways else []:
         way(f"fixed@{size}", lambda count, new, size=size: work.decode(size, count, new, True), size)
     work.attach()
     for size in sizes:
-        way(f"concat@{size}", lambda count, new, size=size: work.decode(size, count, new, True, "ablation"), size)
-        way(f"memory@{size}", lambda count, new, size=size: work.decode(size, count, new, True, "graft"), size)
+        for name, path in (("concat", "ablation"), ("memory", "graft")):
+            if name in options.ways:
+                way(
+                    f"{name}@{size}",
+                    lambda count, new, size=size, path=path: work.decode(size, count, new, True, path),
+                    size,
+                )
     report["tokens_per_second"] = {
         name: _tokens_per_second(run, first, work.device, options.repeats)
         for name, run in (("priming", work.prime), ("forward", work.forward))

@@ -13,9 +13,10 @@ from .subject import ModelSettings
 
 STOPS = ("statement", "none")
 DECODE_GRAPHS = ("auto", "on", "off")
-# What changes no result: where and how fast it runs, and which rows and modes.
+COMPILE = ("auto", "mlp", "none")
+# What changes no result, but for rounding: where and how fast it runs, and which rows and modes.
 _NOT_HASHED = (
-    *("device", "batch_size", "decode_graphs", "trust_remote_code"),
+    *("device", "batch_size", "decode_graphs", "compile", "trust_remote_code"),
     *("limit", "subset", "modes", "boundary", "data"),
 )
 
@@ -48,6 +49,7 @@ class RunOptions:
     dtype: str = "auto"
     trust_remote_code: bool = False
     decode_graphs: str = "auto"
+    compile: str = "auto"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -59,6 +61,8 @@ class RunOptions:
         if self.decode_graphs not in DECODE_GRAPHS:
             known = ", ".join(DECODE_GRAPHS)
             raise EvalError(f"Unknown --decode-graphs {self.decode_graphs!r}. Expected one of {known}.")
+        if self.compile not in COMPILE:
+            raise EvalError(f"Unknown --compile {self.compile!r}. Expected one of {', '.join(COMPILE)}.")
 
     @property
     def boundaries(self) -> tuple[str, ...]:
@@ -71,7 +75,7 @@ class RunOptions:
     @property
     def model(self) -> ModelSettings:
         """What to load."""
-        return ModelSettings(self.base, self.adapter, self.device, self.dtype, self.trust_remote_code)
+        return ModelSettings(self.base, self.adapter, self.device, self.dtype, self.trust_remote_code, self.compile)
 
     def check_room(self) -> None:
         """Raise EvalError where a whole context would leave no token of the prompt."""
@@ -88,7 +92,8 @@ class RunOptions:
         device = self.model.resolved_device()
         automatic = "on" if device.type == "cuda" else "off"
         graphs = automatic if self.decode_graphs == "auto" else self.decode_graphs
-        return replace(self, device=str(device), dtype=dtype, decode_graphs=graphs)
+        compile = "none" if self.compile == "auto" and device.type != "cuda" else self.compile
+        return replace(self, device=str(device), dtype=dtype, decode_graphs=graphs, compile=compile)
 
     def hashed(self) -> dict[str, Any]:
         """Those of the options that can change a result."""

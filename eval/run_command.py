@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .benchmark import SUBSETS
-from .options import DECODE_GRAPHS, STOPS, RunOptions
+from .options import COMPILE, DECODE_GRAPHS, STOPS, RunOptions
 from .retrieval import METHODS
 from .runner import plan_run, run
 
@@ -77,6 +77,13 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="on: decode in steps of fixed shapes, which a GPU replays as CUDA graphs; auto (default): on a GPU, off "
         "on a CPU; changes no result in float32",
+    )
+    group.add_argument(
+        "--compile",
+        choices=COMPILE,
+        default="auto",
+        help="mlp: fuse the base model's norms and MLPs by torch.compile, and DeltaNet's convolution; auto (default): "
+        "on a GPU, for models whose layers are known; changes results by rounding",
     )
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     group.add_argument("--no-report", action="store_true", help="generate only")

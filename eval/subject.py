@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor
 
 import titans_ds
+from titans_ds.errors import UnsupportedModelError
 from titans_ds.memory import MemoryState
+from titans_ds.training.compiled import compile_parts
 
 from .errors import EvalError
 from .packed_attention import LIBRARY_PACKS, packed_queries
 from .token_bytes import TokenBytes
 
+_LOG = logging.getLogger(__name__)
 PATHS = ("graft", "ablation", "vanilla")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MAX_STORED_STATES = 64
@@ -34,13 +38,18 @@ _READ = ("w", "tail_", "prefix")  # what the names of a memory's tensors begin w
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What to load and where. `device` and `dtype` may be auto: the GPU in bfloat16, else the CPU in float32."""
+    """What to load and where. `device` and `dtype` may be auto: the GPU in bfloat16, else the CPU in float32.
+
+    `compile`: none; mlp fuses norms and MLPs of the base model (and DeltaNet's convolution); auto does on a GPU, if it
+    knows the model's layers.
+    """
 
     base: str
     adapter: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    compile: str = "none"
 
     def resolved_device(self) -> torch.device:
         """Return the device that is meant."""
@@ -111,11 +120,28 @@ class Subject:
         tokenizer = load_tokenizer(settings.base, settings.trust_remote_code)
         base_model = load_base(settings)
         if vanilla or settings.adapter is None:
-            return cls(base_model, None, tokenizer)
-        if not Path(settings.adapter).is_dir():
-            raise EvalError(f"The adapter {settings.adapter!r} is no folder; expected what save_pretrained wrote.")
-        grafted = titans_ds.TitansModel.from_pretrained(base_model, settings.adapter).eval()
-        return cls(grafted.base_model, grafted.to(base_model.device), tokenizer)
+            subject = cls(base_model, None, tokenizer)
+        else:
+            if not Path(settings.adapter).is_dir():
+                raise EvalError(f"The adapter {settings.adapter!r} is no folder; expected what save_pretrained wrote.")
+            grafted = titans_ds.TitansModel.from_pretrained(base_model, settings.adapter).eval()
+            subject = cls(grafted.base_model, grafted.to(base_model.device), tokenizer)
+        if settings.compile == "mlp" or (settings.compile == "auto" and subject.device.type == "cuda"):
+            subject.compile(required=settings.compile == "mlp")
+        return subject
+
+    def compile(self, required: bool = True) -> None:
+        """Fuse what stands between the base model's products, for batches of any shape.
+
+        Raises:
+            EvalError: the model's layers are not known, and it is required.
+        """
+        try:
+            compile_parts(self.base_model, "mlp", shapes_vary=True)
+        except UnsupportedModelError as error:
+            if required:
+                raise EvalError(f"--compile mlp: {error}") from error
+            _LOG.info("not compiled: %s", error)
 
     @property
     def max_positions(self) -> int | None:
