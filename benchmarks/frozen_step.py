@@ -40,6 +40,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "layers": {"compile": "layers"},
     "graphs": {"memory_graphs": "on"},
     "lora": {LORA: True},
+    "lora_mlp": {LORA: True, "compile": "mlp"},
     "lora_layers": {LORA: True, "compile": "layers"},
     "plain_again": {"loss_kernel": "chunked"},
 }

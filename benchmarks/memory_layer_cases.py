@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from titans_ds.config import FeatureConfig, MemoryConfig, RuleConfig
-from titans_ds.memory import Access, NeuralMemory, chunks, kernels, network
+from titans_ds.memory import Access, NeuralMemory, chunks, graphed, kernels, network
 from titans_ds.memory.chunks import Work
 from titans_ds.memory.gates import Coefficients
 from titans_ds.memory.graphed import MemoryGraphs
@@ -101,7 +101,13 @@ def stepper(forward: Callable[[], Tensor], leaves: Callable[[], list[Tensor]]) -
 
 
 def layer(
-    shape: Shape, kernel: str, semantics: str, graph: bool = True, warps: int | None = None, graphs: bool = False
+    shape: Shape,
+    kernel: str,
+    semantics: str,
+    graph: bool = True,
+    warps: int | None = None,
+    graphs: bool = False,
+    slices: int | None = None,
 ) -> Callable[[torch.device], object]:
     """NeuralMemory as titans-pytorch has it: gates once a chunk, momentum, forget gate, all projections learned."""
 
@@ -136,9 +142,22 @@ def layer(
                 return memory(x, None, None, None, Access(write=True, graph=graph))[0]
 
         step = stepper(forward, lambda: [x, *memory.parameters()])
+        if slices is not None:
+            step = _in_slices(shape.batch * shape.tokens // slices, step)
         return step if warps is None else _with_warps(warps, step)
 
     return make
+
+
+def _in_slices(tokens: int, step: Callable[[bool], None]) -> Callable[[bool], None]:
+    def run(backward: bool) -> None:
+        before, graphed.SLICE_TOKENS = graphed.SLICE_TOKENS, tokens
+        try:
+            step(backward)
+        finally:
+            graphed.SLICE_TOKENS = before
+
+    return run
 
 
 def _with_warps(warps: int, step: Callable[[bool], None]) -> Callable[[bool], None]:
