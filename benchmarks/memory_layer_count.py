@@ -133,6 +133,9 @@ def faking(engine: str | None, counter: Counter) -> Iterator[None]:
     def can(*_: object) -> bool:
         return engine == "triton"
 
+    def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        return (left @ right).to(dtype)  # one launch on a GPU
+
     def chosen(fast: Fast, _: object, keys: Tensor) -> kernels.Engine | None:
         narrow = max(keys.shape[3], fast.weights[0].shape[1]) <= kernels.MOST_WIDTH
         return None if engine == "loop" else kernels.Engine(engine == "triton", engine == "triton" and narrow)
@@ -142,6 +145,7 @@ def faking(engine: str | None, counter: Counter) -> Iterator[None]:
     patches = [mock.patch.object(nn.Module, "_apply", _convert)]
     if engine is not None:
         patches.append(mock.patch.object(heads, "can", can))
+        patches.append(mock.patch.object(heads, "wide_product", product))
         patches.append(mock.patch.object(kernels, "engine", chosen))
         patches.append(mock.patch.dict(sys.modules, {name: _Kernels(name, counter) for name in modules}))
     with contextlib.ExitStack() as stack:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from titans_ds.config import FeatureConfig, MemoryConfig, RuleConfig
 from titans_ds.memory import Access, NeuralMemory, kernels
+from titans_ds.memory.kernels.capture import used_up
 
 H = 12
 GATES = {"token_step_size": True, "token_momentum": True, "token_forget_gate": True, "forget_gate": 0.1}
@@ -45,8 +48,10 @@ def memory(rule: dict, settings: dict, chunk_size: int, heads: int, seed: int, s
     return made
 
 
-def run(made: NeuralMemory, h: torch.Tensor, mask: torch.Tensor | None, kernel: str, graph: bool) -> list[torch.Tensor]:
-    """Two calls; reads, states and the gradients of everything learned."""
+def run(
+    made: NeuralMemory, h: torch.Tensor, mask: torch.Tensor | None, kernel: str, graph: bool, only: bool = False
+) -> list[torch.Tensor]:
+    """Two calls; reads, states and the gradients of everything learned. `only`: of which no other backward comes."""
     h = h.clone().requires_grad_()
     with kernels.choice(kernel):
         access = Access(write=True, graph=graph)
@@ -56,7 +61,8 @@ def run(made: NeuralMemory, h: torch.Tensor, mask: torch.Tensor | None, kernel: 
         loss = first.square().sum() + (second * torch.linspace(0, 1, H, dtype=h.dtype, device=h.device)).sum()
         if graph:
             loss = loss + sum(t.square().sum() for t in final)
-        loss.backward()
+        with used_up() if only else contextlib.nullcontext():
+            loss.backward()
     gradients = [p.grad for p in made.parameters() if p.grad is not None]
     made.zero_grad()
     return [first, second, *final, h.grad, *gradients]

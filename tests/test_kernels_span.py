@@ -31,6 +31,31 @@ def test_equals_chunk_after_chunk(case, graph, monkeypatch) -> None:
             torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_derivatives_may_go_where_inputs_lay(case, graph, monkeypatch) -> None:
+    """In a graph's only backward pass: the same gradients, block by block, and less memory."""
+    rule, settings = CASES[case]
+    monkeypatch.setattr(span, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(span, "_LEAST_CHUNKS", 2)
+    made, places = memory(rule, settings, 3, 2, 0), []
+    monkeypatch.setattr(span, "_place", lambda given, name, of=span._place: _noted(of(given, name), given, places))
+    h = torch.randn(2, 21, H, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = run(made, h, None, "torch", graph)
+    assert places
+    assert not any(places)
+    places.clear()
+    got = run(made, h, None, "torch", graph, only=True)
+    assert all(places)
+    for left, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+def _noted(found: torch.Tensor, given: dict[str, torch.Tensor], places: list[bool]) -> torch.Tensor:
+    places.append(any(found is t for t in given.values()))
+    return found
+
+
 def test_the_loop_is_left_out(monkeypatch) -> None:
     """What is compared above really is another path."""
     made = memory(MOMENTUM, {}, 4, 1, 0)

@@ -10,6 +10,7 @@ Legend of shape suffixes: B batch, T tokens, H model width, N batch x heads, R c
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -115,7 +116,9 @@ def _shares(values: GateValues, rule: RuleConfig, like_NRC: Tensor) -> Tensor | 
     if values.active is None:
         return torch.full_like(like_NRC, 1 / like_NRC.shape[-1]) if rule.reduction == "mean" else None
     active = values.active.to(like_NRC.dtype)
-    return active / active.sum(dim=-1, keepdim=True).clamp(min=1) if rule.reduction == "mean" else active
+    if rule.reduction == "sum" or active.shape[-1] == 1:  # one token is its mean
+        return active
+    return active / active.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def _by_chunk(surprise: Tensor, step: Tensor | None, values: GateValues, rule: RuleConfig) -> Coefficients:
@@ -180,12 +183,20 @@ class _Mean:
     """Of a chunk's active tokens (None: all), [..., C] -> [...]; 0 where there is none."""
 
     def __init__(self, active: Tensor | None) -> None:
-        self._all = active is None
-        if active is not None:
-            self._idle, self._count = ~active, active.sum(dim=-1).clamp(min=1)
+        self._active = active
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x.mean(dim=-1) if self._all else x.masked_fill(self._idle, 0).sum(dim=-1) / self._count
+        return x.mean(dim=-1) if self._active is None else x.masked_fill(self._idle, 0).sum(dim=-1) / self._count
+
+    @functools.cached_property
+    def _idle(self) -> Tensor:
+        assert self._active is not None
+        return ~self._active
+
+    @functools.cached_property
+    def _count(self) -> Tensor:
+        assert self._active is not None
+        return self._active.sum(dim=-1).clamp(min=1)
 
 
 def logit(p: float) -> float:

@@ -22,7 +22,7 @@ from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.parts import MemoryParts, Written
 from titans_ds.memory.positions import Positions, last_token
 from titans_ds.memory.replay import Record
-from titans_ds.memory.rule import Controls, Inner, Pairs, pool
+from titans_ds.memory.rule import Controls, Inner, Pairs, pool, shares
 from titans_ds.memory.state import LayerState, choose_rows
 from titans_ds.memory.statistics import write_stats
 
@@ -190,11 +190,10 @@ class NeuralMemory(MemoryParts):
     def _write_whole(self, queries_BTD: Tensor, written: Written, call: _Call) -> tuple[Tensor, LayerState, LayerState]:
         """All tokens of the call as one chunk."""
         with call.access.writing():
-            everything = None if written.paired is None else written.paired.any(dim=1, keepdim=True)
             # Plain gradient descent without a token to write changes nothing.
             rule = self.config.rule
-            certain = everything is None or (rule.optimizer == "sgd" and rule.forget_gate == 0)
-            work = self._work(written, everything, (1, 1, int(certain)), call)
+            certain = written.paired is None or (rule.optimizer == "sgd" and rule.forget_gate == 0)
+            work = self._work(written, None, (1, 1, int(certain)), call)
         _, fast = chunks.run(call.fast, work, call.inner, None, call.access.writing)
         return self._read(queries_BTD, call), pack(fast, self.config), self._stats(fast, work, call)
 
@@ -232,7 +231,7 @@ class NeuralMemory(MemoryParts):
 
         Args:
             laid: by slot.
-            finished_BR: None: all are.
+            finished_BR: None: all that have something to write.
             counts: chunks; those that can be finished; those at the start that are.
             call: of the memory.
         """
@@ -244,8 +243,9 @@ class NeuralMemory(MemoryParts):
         logits = self._gate_logits(laid.logits, num_chunks)
         if config.write == "pooled":
             active = keys.new_ones(keys.shape[:3], dtype=torch.bool) if active is None else active
-            keys, values = pool(keys, active), pool(values, active)
-            logits = [pool(part.unsqueeze(-1), active).squeeze(-1) for part in logits]
+            share = shares(active, keys.dtype)
+            keys, values = pool(keys, share), pool(values, share)
+            logits = [pool(part.unsqueeze(-1), shares(active, part.dtype)).squeeze(-1) for part in logits]
             active = active.any(dim=-1, keepdim=True)
         gates = GateValues(active, **dict(zip(rule.token_gates, logits, strict=True)))
         finished = None if finished_BR is None else finished_BR.repeat_interleave(config.heads, dim=0)

@@ -21,6 +21,7 @@ from torch import Tensor
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _ALIGNED = 256  # bytes
+_pass = threading.local()
 _captures: weakref.WeakValueDictionary[torch.device, Capture] = weakref.WeakValueDictionary()
 
 
@@ -41,6 +42,21 @@ class Arena:
     def holds(self, tensor: Tensor) -> bool:
         """Whether it lies here."""
         return bool(tensor.untyped_storage()._cdata == self.memory.untyped_storage()._cdata)
+
+
+@contextlib.contextmanager
+def used_up() -> Iterator[None]:
+    """Inside runs a graph's only backward pass, in this thread: what nobody else looks at may be overwritten."""
+    before, _pass.last = is_used_up(), True
+    try:
+        yield
+    finally:
+        _pass.last = before
+
+
+def is_used_up() -> bool:
+    """Whether this backward pass is one of these."""
+    return getattr(_pass, "last", False)
 
 
 def num_bytes(like: Sequence[Tensor]) -> int:

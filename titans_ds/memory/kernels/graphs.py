@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from titans_ds.errors import ConfigError
 from titans_ds.memory.kernels.buffers import Gathered, Slots, part
-from titans_ds.memory.kernels.capture import Capture, num_bytes
+from titans_ds.memory.kernels.capture import Capture, num_bytes, used_up
 
 _LOG = logging.getLogger(__name__)
 _MOST = 24  # captured pairs of one owner, with gradients and without; calls of further shapes run without a graph
@@ -123,7 +123,7 @@ class Captured:
 
         def backward() -> None:
             # In this thread: another one has a workspace of its own in cuBLAS, 32 MiB on an H100.
-            with torch.autograd.set_multithreading_enabled(False):
+            with torch.autograd.set_multithreading_enabled(False), used_up():
                 found = self._differentiate(function, static, fixed, self._d_outputs.buffers)
             self.connected = {n for n, t in zip(self._asked, found, strict=False) if t is not None}
             self._gradients.take(found)

@@ -133,10 +133,11 @@ def backward(
         d_w2 = torch.baddbmm(d_w2, d_e.mT, x)
         d_x = torch.baddbmm(d_x, d_e, block.w2)
     _hidden_backward(block, trace, d_x, d_z)
-    d_keys = torch.baddbmm(d_keys, d_z, block.w1)
-    found["keys"][:, chunks] = d_keys.view(block.keys.shape)
     add(found, "w0", d_z.mT @ block.keys.flatten(1, 2))
     add(found, "w1", d_w2)
+    found["keys"][:, chunks] = torch.baddbmm(d_keys, d_z, block.w1).view(
+        block.keys.shape
+    )  # last: it may overwrite keys
 
 
 def _sum(weighted: list[Tensor], d_sums: list[Tensor], block: _Block) -> Tensor:

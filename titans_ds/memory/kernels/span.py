@@ -19,6 +19,7 @@ from torch import Tensor
 from titans_ds.memory import network
 from titans_ds.memory.gates import Coefficients
 from titans_ds.memory.kernels import Engine, launch
+from titans_ds.memory.kernels.capture import is_used_up
 from titans_ds.memory.kernels.factors import factors
 from titans_ds.memory.kernels.gradients import Problem, Sums, Tensors, chunk_gradients, chunk_gradients_backward
 from titans_ds.memory.kernels.reads import read, read_backward
@@ -27,7 +28,7 @@ from titans_ds.memory.network import Weights
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
 
-_BLOCK_BYTES = 3 * 2**20  # of one matrix's states in a block; the backward has six such of two matrices
+_BLOCK_BYTES = 4 * 2**20  # of one matrix's states in a block; the backward has six such of two matrices
 _LEAST_CHUNKS = 16  # in a block, whatever they take: their products must fill the device
 
 
@@ -204,7 +205,7 @@ def _first_order(given: Tensors, starts: list[list[State]], plan: Plan, d_output
     d_read = d_outputs[0] if "queries" in given else None
     if d_read is None:
         return {}
-    narrow, found, d_reads = _narrow(given), {"queries": torch.empty_like(given["queries"])}, d_read.contiguous()
+    narrow, found, d_reads = _narrow(given), {"queries": _place(given, "queries")}, d_read.contiguous()
     for index, chunks in enumerate(plan.blocks(given["keys"].shape[1])):
         sums, _ = chunk_gradients(narrow, chunks, plan.problem)
         weights, _, _ = _scan(given, sums, chunks, starts[index], plan, save=False)
@@ -222,7 +223,7 @@ def _second_order(given: Tensors, starts: list[list[State]], plan: Plan, d_outpu
     d_end: list[State] = [(d_states[i], d_states[i + plan.depth] if "s0" in given else None) for i in range(plan.depth)]
     narrow, found = _narrow(given), _places(given, plan)
     if d_reads is not None:
-        found["queries"] = torch.empty_like(d_reads)
+        found["queries"] = _place(given, "queries")
     shares = given["keep"].new_empty(3, sum(_shares(given, plan)), *given["keep"].shape)
     for index, chunks in reversed(list(enumerate(plan.blocks(given["keys"].shape[1])))):
         sums, trace = chunk_gradients(narrow, chunks, plan.problem)
@@ -253,8 +254,18 @@ def _own(d_states: list[Tensor | None], given: Tensors, plan: Plan) -> list[Tens
 
 def _places(given: Tensors, plan: Plan) -> Tensors:
     """Where derivatives go: written chunk by chunk, or summed. Those in the weights come with the first block."""
-    found = {n: torch.empty_like(given[n]) for n in ("keys", "values", "a", "b", "c") if n in given}
+    found = {n: _place(given, n) for n in ("keys", "values")}
+    found |= {n: torch.empty_like(given[n]) for n in ("a", "b", "c") if n in given}  # others may look at these
     return found | {n: torch.zeros_like(given[n]) for n in ("scale", "bias") if n in given}
+
+
+def _place(given: Tensors, name: str) -> Tensor:
+    """For the derivative in keys, values, queries: where they lie, if nobody looks there again; chunks come once."""
+    own = given[name].untyped_storage()._cdata
+    if not is_used_up() or any(t.untyped_storage()._cdata == own for n, t in given.items() if n != name):
+        return torch.empty_like(given[name])
+    torch.autograd.graph.increment_version(given[name])  # autograd will say so, if somebody does look
+    return given[name]
 
 
 def _block_backward(
