@@ -138,7 +138,7 @@ class TrainingSettings:
         loss_kernel: how the loss is made: `liger`, with Liger's kernel where the language-model head is frozen and
             whole on every rank (not under ZeRO-3; otherwise like `chunked`); `chunked`, in plain PyTorch; `auto`: liger
             on a GPU, where it is installed.
-        compile: torch.compile for each layer's norms and MLP (`mlp`), or its whole token mixer, too (`layers`). Not under
+        compile: torch.compile for each layer's norms and MLP (`mlp`), or all of its token mixer (`layers`). Not under
             ZeRO-3, and not through_base, which needs second derivatives.
         memory_graphs: replay what a memory computes as CUDA graphs, a forward and a backward one: `auto`, where it is
             chunked and runs on a GPU; `on`, every memory, and an error where there are no graphs (on a CPU, under
