@@ -39,6 +39,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "mlp": {"compile": "mlp"},
     "layers": {"compile": "layers"},
     "graphs": {"memory_graphs": "on"},
+    "mlp_graphs": {"compile": "mlp", "memory_graphs": "on"},
     "lora": {LORA: True},
     "lora_mlp": {LORA: True, "compile": "mlp"},
     "lora_layers": {LORA: True, "compile": "layers"},

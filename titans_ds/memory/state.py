@@ -16,6 +16,7 @@ A layer's state is a dict of tensors with a leading batch dimension; fp32 unless
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,8 +85,11 @@ class MemoryState:
 
     def is_finite(self) -> Tensor:
         """[B], false where a sample has a NaN or an infinity in any layer."""
-        tensors = [t for layer in self.layers.values() for t in layer.values()]
-        return torch.stack([torch.isfinite(t).reshape(t.shape[0], -1).all(dim=1) for t in tensors]).all(dim=0)
+        tensors = [t for layer in self.layers.values() for t in layer.values() if t.numel() > 0]
+        most = [
+            torch.linalg.vector_norm(t.reshape(t.shape[0], -1), math.inf, dim=1) for t in tensors
+        ]  # one launch each
+        return torch.isfinite(torch.stack(most)).all(dim=0)
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
         """Write one safetensors file (to a temporary name, then renamed), with `metadata` in its header."""
