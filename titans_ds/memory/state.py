@@ -86,9 +86,7 @@ class MemoryState:
     def is_finite(self) -> Tensor:
         """[B], false where a sample has a NaN or an infinity in any layer."""
         tensors = [t for layer in self.layers.values() for t in layer.values() if t.numel() > 0]
-        most = [
-            torch.linalg.vector_norm(t.reshape(t.shape[0], -1), math.inf, dim=1) for t in tensors
-        ]  # one launch each
+        most = [torch.linalg.vector_norm(t.reshape(t.shape[0], -1), math.inf, dim=1) for t in tensors]
         return torch.isfinite(torch.stack(most)).all(dim=0)
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:

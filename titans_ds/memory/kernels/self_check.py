@@ -20,6 +20,7 @@ from torch import Tensor
 from titans_ds.config import RuleConfig
 from titans_ds.memory.gates import GateValues, coefficients
 from titans_ds.memory.kernels import Engine
+from titans_ds.memory.kernels.capture import used_up
 from titans_ds.memory.kernels.chunk import run_chunk
 from titans_ds.memory.kernels.span import run_span
 from titans_ds.memory.network import Form
@@ -116,5 +117,7 @@ def _run(case: Case, dtype: torch.dtype, triton: bool) -> list[Tensor]:
     outputs = [t for t in (reads, *new.weights, *new.momentum) if t is not None]
     # Random directions: a sum would hide errors that cancel.
     loss = torch.stack([(t.float() * normal(*t.shape)).sum() for t in outputs]).sum()
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    # As captured: in this thread, and with derivatives in the place of what they are derivatives in.
+    with torch.autograd.set_multithreading_enabled(False), used_up() if triton else contextlib.nullcontext():
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
     return [t.detach().float() for t in (*outputs, *grads) if t is not None]
