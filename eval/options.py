@@ -92,8 +92,9 @@ class RunOptions:
         device = self.model.resolved_device()
         automatic = "on" if device.type == "cuda" else "off"
         graphs = automatic if self.decode_graphs == "auto" else self.decode_graphs
-        compile = "none" if self.compile == "auto" and device.type != "cuda" else self.compile
-        return replace(self, device=str(device), dtype=dtype, decode_graphs=graphs, compile=compile)
+        return replace(
+            self, device=str(device), dtype=dtype, decode_graphs=graphs, compile=self.model.resolved_compile()
+        )
 
     def hashed(self) -> dict[str, Any]:
         """Those of the options that can change a result."""

@@ -61,6 +61,8 @@ def plan_run(options: RunOptions, folder: Path, resume: bool) -> RunPlan:
         EvalError: an unknown mode or boundary, a mode that needs an adapter, a folder that holds a run already (without
             `resume`) or one with another configuration.
     """
+    if resume and options.compile == "auto" and (folder / CONFIG).exists():
+        options = replace(options, compile=read_config(folder).get("compile", "none"))  # as the rows that are there
     options = options.resolved()
     modes = get_modes(options.modes)
     _ = options.boundaries

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ from torch import Tensor
 
 import titans_ds
 from titans_ds.errors import UnsupportedModelError
+from titans_ds.graft.families import supported_model_types
 from titans_ds.memory import MemoryState
-from titans_ds.training.compiled import compile_parts
+from titans_ds.training.compiled import compile_parts, works
 
 from .errors import EvalError
 from .packed_attention import LIBRARY_PACKS, packed_queries
 from .token_bytes import TokenBytes
 
-_LOG = logging.getLogger(__name__)
 PATHS = ("graft", "ablation", "vanilla")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MAX_STORED_STATES = 64
@@ -64,6 +63,23 @@ class ModelSettings:
         if self.dtype not in _DTYPES:
             raise EvalError(f"Unknown dtype {self.dtype!r}. Expected auto or one of {', '.join(_DTYPES)}.")
         return _DTYPES[self.dtype]
+
+    def resolved_compile(self) -> str:
+        """Return mlp or none: mlp on a GPU, where torch.compile works, for models whose layers are known."""
+        if self.compile != "auto":
+            return self.compile
+        device = self.resolved_device()
+        known = device.type == "cuda" and _model_type(self.base, self.trust_remote_code) in supported_model_types()
+        return "mlp" if known and works(device) else "none"
+
+
+def _model_type(base: str, trust_remote_code: bool) -> str | None:
+    from transformers import AutoConfig
+
+    try:
+        return str(AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).model_type)
+    except (OSError, ValueError):  # said when the model is loaded
+        return None
 
 
 def load_tokenizer(base: str, trust_remote_code: bool = False) -> Any:
@@ -126,22 +142,18 @@ class Subject:
                 raise EvalError(f"The adapter {settings.adapter!r} is no folder; expected what save_pretrained wrote.")
             grafted = titans_ds.TitansModel.from_pretrained(base_model, settings.adapter).eval()
             subject = cls(grafted.base_model, grafted.to(base_model.device), tokenizer)
-        if settings.compile == "mlp" or (settings.compile == "auto" and subject.device.type == "cuda"):
-            subject.compile(required=settings.compile == "mlp")
+        if settings.resolved_compile() == "mlp":
+            subject.compile()
         return subject
 
-    def compile(self, required: bool = True) -> None:
-        """Fuse what stands between the base model's products, for batches of any shape.
-
-        Raises:
-            EvalError: the model's layers are not known, and it is required.
+    def compile(self) -> None:
+        """Fuse what stands between the base model's products, for batches of any shape; EvalError where its layers are
+        not known.
         """
         try:
             compile_parts(self.base_model, "mlp", shapes_vary=True)
         except UnsupportedModelError as error:
-            if required:
-                raise EvalError(f"--compile mlp: {error}") from error
-            _LOG.info("not compiled: %s", error)
+            raise EvalError(f"--compile mlp: {error}. Or give --compile none.") from error
 
     @property
     def max_positions(self) -> int | None:

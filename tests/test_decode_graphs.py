@@ -390,7 +390,8 @@ def test_the_setting_is_recorded_and_changes_no_prediction(tokenizer: Any, tmp_p
         arguments += ["--data", str(tmp_path / "rows.jsonl"), "--modes", "memory,concat", "--boundary", "both"]
         arguments += ["--device", "cpu", "--max-new-tokens", "5", "--out", str(out), "--decode-graphs", setting]
         assert crosscodeeval.main(arguments) == 0
-        assert json.loads((out / "config.json").read_text())["decode_graphs"] == recorded
+        config = json.loads((out / "config.json").read_text())
+        assert (config["decode_graphs"], config["compile"]) == (recorded, "none")
         lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
         found[setting] = {(r["task_id"], r["mode"], r["boundary"]): r for r in lines}
     assert len(found["on"]) == 12

@@ -126,6 +126,22 @@ def test_a_call_never_waits_for_the_device(name: str, semantics: str, learned: b
         made.compute(record.hidden, given, mask, reset, replace(first, replay=record), None)[0].sum().backward()
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_replay_of_full_chunks_is_captured(name: str) -> None:
+    """What is asked again lies in a graph's own buffers, which derivatives leave alone."""
+    made, found = memory(*CASES[name], 4, 1, 5, "span"), []
+    for captured in (False, True):
+        made.graphs = MemoryGraphs()
+        capture = graphed(made) if captured else None
+        record = Record(tokens(12))
+        made(record.hidden, None, None, None, replace(WRITE, record=record))[0].square().sum().backward()
+        made(record.hidden, None, None, None, replace(WRITE, replay=record))[0].sum().backward()
+        assert capture is None or not capture.failed
+        found.append([p.grad.clone() for p in made.parameters() if p.grad is not None])
+        made.zero_grad()
+    same(*found)
+
+
 def test_a_whole_segment_resets_and_stats() -> None:
     made = titans(chunk_size=None)
     reset = torch.tensor([True, False])

@@ -167,9 +167,10 @@ def test_products_in_bf16_leave_the_state_in_fp32(name) -> None:
         assert (state[f"w{level}"] - wide[f"w{level}"]).norm() < 0.1 * moved
 
 
-def test_the_state_goes_through_files_and_batch_operations(tmp_path) -> None:
+@pytest.mark.parametrize("count", [9, 32])  # with and without an unfinished chunk
+def test_the_state_goes_through_files_and_batch_operations(tmp_path, count) -> None:
     memory = make("titans, heads", torch.float32)
-    _, layer, _ = memory(hidden(3, 9).float(), None, None, None, WRITE)
+    _, layer, _ = memory(hidden(3, count).float(), None, None, None, WRITE)
     state = MemoryState({0: layer})
     state.save(tmp_path / "state.safetensors")
     loaded = MemoryState.load(tmp_path / "state.safetensors")[0].select(torch.tensor([2, 0]))

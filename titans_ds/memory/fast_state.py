@@ -52,10 +52,9 @@ def first_state(
 def _no_pending(batch_size: int, like_BTH: Tensor, config: MemoryConfig, numbers: Tensor) -> LayerState:
     held = (config.rule.chunk_size or 1) - 1
     gates = len(config.rule.token_gates) * config.heads
-    empty = like_BTH.new_zeros(batch_size, held, config.dim)
     return {
-        "pending_keys": empty,
-        "pending_values": empty,
+        "pending_keys": like_BTH.new_zeros(batch_size, held, config.dim),
+        "pending_values": like_BTH.new_zeros(batch_size, held, config.dim),
         "pending_gates": numbers.new_zeros(batch_size, held, gates),
         "pending_paired": numbers.new_zeros(batch_size, held, 1),
         "pending_count": numbers,

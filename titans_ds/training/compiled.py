@@ -9,6 +9,7 @@ there is one.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -19,6 +20,7 @@ from titans_ds.errors import ConfigError
 from titans_ds.graft.families import find_mixers, layers_of
 from titans_ds.training.convolution import fuse_convolutions
 
+_LOG = logging.getLogger(__name__)
 Compile = Literal["none", "mlp", "layers"]
 
 
@@ -41,8 +43,8 @@ def compile_parts(base: nn.Module, what: Compile, shapes_vary: bool = False) -> 
         raise ConfigError(
             "training.compile is on under ZeRO-3, which can't be compiled; set it to 'none', or use ZeRO-2"
         )
-    fuse_convolutions(base)
     mixers = {id(mixer.module) for mixer in find_mixers(base)}
+    fuse_convolutions(base)
     parts = []
     for child in (m for layer in layers_of(base) for m in layer.children()):
         whole = what == "layers" or id(child) not in mixers
@@ -50,6 +52,17 @@ def compile_parts(base: nn.Module, what: Compile, shapes_vary: bool = False) -> 
     for module in parts:
         cast(Any, module).forward = by_row(module.forward) if shapes_vary else torch.compile(module.forward)
     return len(parts)  # hooks stay outside
+
+
+@functools.cache
+def works(device: torch.device) -> bool:
+    """Whether a small function can be compiled here: a C compiler and, on a GPU, Triton are there."""
+    try:
+        torch.compile(lambda x: x.sin() + 1, dynamic=True)(torch.ones(3, device=device))
+    except Exception as error:  # of any compiler on the way
+        _LOG.warning("torch.compile does not work here: %s", str(error).strip().partition("\n")[0])
+        return False
+    return True
 
 
 def by_row(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

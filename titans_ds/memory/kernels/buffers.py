@@ -25,6 +25,10 @@ class Slots:
         dtypes = dict.fromkeys(t.dtype for t in like)
         self.groups = [[i for i, t in enumerate(like) if t.dtype == dtype] for dtype in dtypes]
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it lies where buffers do, these or others."""
+        return self._arena.holds(tensor)
+
     def fill(self, sources: Sequence[Tensor | None]) -> None:
         """Copy; zeros where there is nothing to copy."""
         for group in self.groups:

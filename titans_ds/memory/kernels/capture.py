@@ -44,19 +44,28 @@ class Arena:
         return bool(tensor.untyped_storage()._cdata == self.memory.untyped_storage()._cdata)
 
 
+def _nothing(_: Tensor) -> bool:
+    return False
+
+
 @contextlib.contextmanager
-def used_up() -> Iterator[None]:
-    """Inside runs a graph's only backward pass, in this thread: what nobody else looks at may be overwritten."""
-    before, _pass.last = is_used_up(), True
+def used_up(kept: Callable[[Tensor], bool] = _nothing) -> Iterator[None]:
+    """Inside runs a graph's only backward pass, in this thread: what nobody else looks at may be overwritten.
+
+    Args:
+        kept: whether a tensor is not to be touched all the same.
+    """
+    before, _pass.kept = getattr(_pass, "kept", None), kept
     try:
         yield
     finally:
-        _pass.last = before
+        _pass.kept = before
 
 
-def is_used_up() -> bool:
-    """Whether this backward pass is one of these."""
-    return getattr(_pass, "last", False)
+def is_used_up(tensor: Tensor) -> bool:
+    """Whether this backward pass is one of these, and the tensor none of those that are kept."""
+    kept = getattr(_pass, "kept", None)
+    return kept is not None and not kept(tensor)
 
 
 def num_bytes(like: Sequence[Tensor]) -> int:

@@ -123,7 +123,7 @@ class Captured:
 
         def backward() -> None:
             # In this thread: another one has a workspace of its own in cuBLAS, 32 MiB on an H100.
-            with torch.autograd.set_multithreading_enabled(False), used_up():
+            with torch.autograd.set_multithreading_enabled(False), used_up(kept=self._given.holds):
                 found = self._differentiate(function, static, fixed, self._d_outputs.buffers)
             self.connected = {n for n, t in zip(self._asked, found, strict=False) if t is not None}
             self._gradients.take(found)

@@ -262,7 +262,7 @@ def _places(given: Tensors, plan: Plan) -> Tensors:
 def _place(given: Tensors, name: str) -> Tensor:
     """For the derivative in keys, values, queries: where they lie, if nobody looks there again; chunks come once."""
     own = given[name].untyped_storage()._cdata
-    if not is_used_up() or any(t.untyped_storage()._cdata == own for n, t in given.items() if n != name):
+    if not is_used_up(given[name]) or any(t.untyped_storage()._cdata == own for n, t in given.items() if n != name):
         return torch.empty_like(given[name])
     torch.autograd.graph.increment_version(given[name])  # autograd will say so, if somebody does look
     return given[name]
