@@ -99,7 +99,8 @@ def wait_for_save(root: Path, pids: list[int], skip: int) -> bool:
     seen: set[str] = set()
     limit = time.monotonic() + TIMEOUT
     while time.monotonic() < limit:
-        seen |= {p.name for p in root.glob(".step_*.part")} if root.is_dir() else set()
+        with contextlib.suppress(FileNotFoundError):  # the folder comes and goes while the run starts
+            seen |= {p.name for p in root.glob(".step_*.part")}
         if len(seen) > skip:
             return True
         if os.waitpid(pids[0], os.WNOHANG) != (0, 0):

@@ -269,6 +269,7 @@ def test_a_broken_machine_does_not_fail_the_study(place: Path, forks: Forks, tmp
     assert [r.state for r in read_results(Study(study))] == ["complete"] * 5
 
 
+@pytest.mark.flaky(reruns=2, reruns_delay=5)  # a lease of seconds, beside other tests on two cores
 def test_stopped_and_hanging_trials_go_on(place: Path, forks: Forks, tmp_path: Path) -> None:
     """SIGTERM saves the trial; a keeper that hangs is replaced, and its trial killed first."""
     settings = {"training.steps": 1000, "evaluation.interval": 1000, "checkpoint.interval": 20}
