@@ -135,28 +135,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     report |= {"device": _name(work.device), **describe_environment()}
 
     def way(name: str, run: Callable[[int, int], int], batch_size: int) -> None:
+        if name.partition("@")[0] not in options.ways:
+            return
         report["ways"][name] = _measured(run, options, batch_size, work.device)
         report["ratios"] = ratios(report, options)
         save(report, options.out)
         print(f"{name}: {report['ways'][name]}", flush=True)
 
-    if "generate" in options.ways:
-        way(f"generate@{first}", lambda count, new: work.generate(first, count, new), first)
+    way(f"generate@{first}", lambda count, new: work.generate(first, count, new), first)
     if options.compile != "none":
         work.vanilla.compile()  # for what follows: `generate` has the model as transformers makes it
-    if "growing" in options.ways:
-        way(f"growing@{first}", lambda count, new: work.decode(first, count, new, False), first)
-    for size in sizes if "fixed" in options.ways else []:
+    way(f"growing@{first}", lambda count, new: work.decode(first, count, new, False), first)
+    for size in sizes:
         way(f"fixed@{size}", lambda count, new, size=size: work.decode(size, count, new, True), size)
     work.attach()
     for size in sizes:
-        for name, path in (("concat", "ablation"), ("memory", "graft")):
-            if name in options.ways:
-                way(
-                    f"{name}@{size}",
-                    lambda count, new, size=size, path=path: work.decode(size, count, new, True, path),
-                    size,
-                )
+        way(f"concat@{size}", lambda count, new, size=size: work.decode(size, count, new, True, "ablation"), size)
+        way(f"memory@{size}", lambda count, new, size=size: work.decode(size, count, new, True, "graft"), size)
     report["tokens_per_second"] = {
         name: _tokens_per_second(run, first, work.device, options.repeats)
         for name, run in (("priming", work.prime), ("forward", work.forward))

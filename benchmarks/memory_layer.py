@@ -69,9 +69,8 @@ def _span(shape: Shape) -> list[Case]:
     rows = [
         Case(group, "titans-ds", shape.label, layer(shape, "auto", "span"), flops, ours=True),
         Case(group, "titans-ds graphs", shape.label, layer(shape, "auto", "span", graphs=True), flops, ours=True),
-        *(
-            Case(group, name, shape.label, layer(shape, "auto", "span", graphs=True, slices=count), flops, ours=True)
-            for name, count in (("titans-ds graphs, whole", 1), ("titans-ds graphs, halves", 2))
+        Case(
+            group, "titans-ds graphs, halves", shape.label, layer(shape, "auto", "span", graphs=True, slices=2), flops
         ),
         Case(group, "titans-ds first order", shape.label, layer(shape, "auto", "span", graph=False), flops),
         Case(group, "titans-ds loop", shape.label, layer(shape, "loop", "span"), flops),

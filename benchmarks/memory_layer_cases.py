@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -143,31 +144,20 @@ def layer(
 
         step = stepper(forward, lambda: [x, *memory.parameters()])
         if slices is not None:
-            step = _in_slices(shape.batch * shape.tokens // slices, step)
-        return step if warps is None else _with_warps(warps, step)
+            step = _under(mock.patch.object(graphed, "SLICE_TOKENS", shape.batch * shape.tokens // slices), step)
+        if warps is not None:
+            step = _under(mock.patch.dict(launch.WARPS, dict.fromkeys(launch.WARPS, (warps, warps))), step)
+        return step
 
     return make
 
 
-def _in_slices(tokens: int, step: Callable[[bool], None]) -> Callable[[bool], None]:
+def _under(patch: contextlib.AbstractContextManager[object], step: Callable[[bool], None]) -> Callable[[bool], None]:
+    """The step, every time inside of a patch."""
+
     def run(backward: bool) -> None:
-        before, graphed.SLICE_TOKENS = graphed.SLICE_TOKENS, tokens
-        try:
+        with patch:
             step(backward)
-        finally:
-            graphed.SLICE_TOKENS = before
-
-    return run
-
-
-def _with_warps(warps: int, step: Callable[[bool], None]) -> Callable[[bool], None]:
-    def run(backward: bool) -> None:
-        before = dict(launch.WARPS)
-        launch.WARPS.update(dict.fromkeys(launch.WARPS, (warps, warps)))
-        try:
-            step(backward)
-        finally:
-            launch.WARPS.update(before)
 
     return run
 

@@ -45,6 +45,7 @@ from titans_ds.training.segments import RepositoryReader
 from titans_ds.training.settings import TrainConfig
 from titans_ds.zero.config import complete_config, read_config, zero_stage
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
+from titans_ds.zero.gathering import whole_numel
 from titans_ds.zero.heartbeat import LOST, failed_everywhere, lost_contact, say_lost
 from titans_ds.zero.leaving import leave, leave_at_once, stop_ranks
 from titans_ds.zero.loading import partitioned_loading
@@ -242,7 +243,7 @@ def run(parts: Parts) -> bool:
 
 def describe(console: Console, engine: Engine, hosts: list[int]) -> None:
     """What trains, and the peak host memory of every rank after loading."""
-    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in engine.module.parameters()]
+    sizes = [(whole_numel(p), p.requires_grad) for p in engine.module.parameters()]
     trained, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
     console.print(f"trainable parameters: {trained:,} of {total:,} ({100 * trained / total:.2f}%)", highlight=False)
     peaks = ", ".join(f"{h / 2**30:.2f} GiB" for h in hosts)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from titans_ds.config import GraftConfig
 from titans_ds.errors import AdapterError
 from titans_ds.graft import lora as lora_adapters
+from titans_ds.zero.gathering import whole_numel
 
 if TYPE_CHECKING:
     from titans_ds.graft.titans_model import TitansModel
@@ -173,7 +174,7 @@ def _write_text(path: Path, text: str) -> None:
 
 def _card(model: TitansModel, base: dict[str, Any]) -> str:
     graft = model.config
-    learned = sum(int(getattr(p, "ds_numel", p.numel())) for _, p in model.titans_parameters())
+    learned = sum(whole_numel(p) for _, p in model.titans_parameters())
     name = base["name_or_path"] or "PATH_OF_THE_BASE_MODEL"
     return f"""---
 library_name: titans-ds

@@ -29,6 +29,7 @@ from titans_ds.graft.replay import replay
 from titans_ds.graft.session import MemorySession
 from titans_ds.memory import Access, Controls, LayerState, MemoryState, Tape
 from titans_ds.memory.graphed import Choice, MemoryGraphs
+from titans_ds.zero.gathering import whole_numel
 
 
 class TitansModel(nn.Module):
@@ -133,7 +134,7 @@ class TitansModel(nn.Module):
 
     def num_parameters(self) -> tuple[int, int]:
         """Trainable and all parameters (whole ones, also where ZeRO-3 has partitioned them)."""
-        counts = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in self.parameters()]
+        counts = [(whole_numel(p), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:

@@ -206,8 +206,9 @@ def run(
             with writing():
                 at = None if parts is None else Terms(*(tuple(t[:, index] for t in p) for p in vars(parts).values()))
                 new = write_chunk(fast, work.chunk(index), work.coefficients.chunk(index), inner, at)
-                finished = None if index < work.num_certain or work.finished_NR is None else work.finished_NR[:, index]
-                fast = new if finished is None else choose(finished, new, fast)
+                if index >= work.num_certain and work.finished_NR is not None:
+                    new = choose(work.finished_NR[:, index], new, fast)
+                fast = new
     return (torch.stack(reads, dim=1) if reads else None), fast
 
 

@@ -115,10 +115,15 @@ def _shares(values: GateValues, rule: RuleConfig, like_NRC: Tensor) -> Tensor | 
     """Of each token in its chunk's loss; None for 1."""
     if values.active is None:
         return torch.full_like(like_NRC, 1 / like_NRC.shape[-1]) if rule.reduction == "mean" else None
-    active = values.active.to(like_NRC.dtype)
-    if rule.reduction == "sum" or active.shape[-1] == 1:  # one token is its mean
-        return active
-    return active / active.sum(dim=-1, keepdim=True).clamp(min=1)
+    if rule.reduction == "sum" or values.active.shape[-1] == 1:  # one token is its mean
+        return values.active.to(like_NRC.dtype)
+    return shares(values.active, like_NRC.dtype)
+
+
+def shares(active: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of every token in the mean over the active ones, [..., C]; 0 where there is none."""
+    weights = active.to(dtype)
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def _by_chunk(surprise: Tensor, step: Tensor | None, values: GateValues, rule: RuleConfig) -> Coefficients:
@@ -186,17 +191,15 @@ class _Mean:
         self._active = active
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x.mean(dim=-1) if self._active is None else x.masked_fill(self._idle, 0).sum(dim=-1) / self._count
+        if self._parts is None:
+            return x.mean(dim=-1)
+        idle, count = self._parts
+        return x.masked_fill(idle, 0).sum(dim=-1) / count
 
     @functools.cached_property
-    def _idle(self) -> Tensor:
-        assert self._active is not None
-        return ~self._active
-
-    @functools.cached_property
-    def _count(self) -> Tensor:
-        assert self._active is not None
-        return self._active.sum(dim=-1).clamp(min=1)
+    def _parts(self) -> tuple[Tensor, Tensor] | None:
+        """Where there is none, and how many there are; made once, and only if a mean is asked for."""
+        return None if self._active is None else (~self._active, self._active.sum(dim=-1).clamp(min=1))
 
 
 def logit(p: float) -> float:

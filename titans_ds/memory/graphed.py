@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Choice = Literal["auto", "on", "off"]
 CHOICES: tuple[Choice, ...] = ("auto", "on", "off")
 Answer = tuple[Tensor, LayerState, LayerState]  # of NeuralMemory.forward
-# Tokens of a slice of a batch, above which pool and buffers stop growing. Slices of half as many take 40% less memory,
-# and 40% more time (docs/kernels.md).
+# Tokens of a slice of a batch, above which pool and buffers stop growing. Slices of half as many take 30% to 40% less
+# memory, and 20% to 30% more time (docs/kernels.md).
 SLICE_TOKENS = 16384
 
 

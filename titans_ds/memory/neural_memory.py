@@ -16,13 +16,13 @@ from titans_ds.config import MemoryConfig
 from titans_ds.memory import chunks, features, network
 from titans_ds.memory.chunks import Stream, Work
 from titans_ds.memory.fast_state import first_state, pack, unpack
-from titans_ds.memory.gates import GateValues, coefficients, log_keeps
+from titans_ds.memory.gates import GateValues, coefficients, log_keeps, shares
 from titans_ds.memory.graphed import Inputs, MemoryGraphs
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.parts import MemoryParts, Written
 from titans_ds.memory.positions import Positions, last_token
 from titans_ds.memory.replay import Record
-from titans_ds.memory.rule import Controls, Inner, Pairs, pool, shares
+from titans_ds.memory.rule import Controls, Inner, Pairs, pool
 from titans_ds.memory.state import LayerState, choose_rows
 from titans_ds.memory.statistics import write_stats
 
@@ -193,7 +193,7 @@ class NeuralMemory(MemoryParts):
             # Plain gradient descent without a token to write changes nothing.
             rule = self.config.rule
             certain = written.paired is None or (rule.optimizer == "sgd" and rule.forget_gate == 0)
-            work = self._work(written, None, (1, 1, int(certain)), call)
+            work = self._work(written, None, (1, int(certain)), call)
         _, fast = chunks.run(call.fast, work, call.inner, None, call.access.writing)
         return self._read(queries_BTD, call), pack(fast, self.config), self._stats(fast, work, call)
 
@@ -207,7 +207,7 @@ class NeuralMemory(MemoryParts):
             laid, pending = _lay_out(written, state, stream)
             certain = 0 if self.config.token_shift else stream.num_certain
             finished_BR = None if stream.full else stream.finished_BR
-            work = self._work(laid, finished_BR, (stream.num_reads, stream.num_writes, certain), call)
+            work = self._work(laid, finished_BR, (stream.num_writes, certain), call)
         queries = self._chunked(stream.lay_out(None, queries_BTD), stream.num_reads) if by_token else None
         reads, fast = chunks.run(call.fast, work, call.inner, queries, call.access.writing)
         new, stats = pack(fast, self.config) | pending, self._stats(fast, work, call)
@@ -226,16 +226,17 @@ class NeuralMemory(MemoryParts):
         """[B, S, heads * d] (or [B, S, heads, d]) -> [N, R, C, d]."""
         return torch.unflatten(features.split_heads(x_BSD, self.config.heads), 1, (num_chunks, -1))
 
-    def _work(self, laid: Written, finished_BR: Tensor | None, counts: tuple[int, int, int], call: _Call) -> Work:
+    def _work(self, laid: Written, finished_BR: Tensor | None, counts: tuple[int, int], call: _Call) -> Work:
         """Split into heads and chunks, pool, and compute what the gates make of the gradients.
 
         Args:
             laid: by slot.
             finished_BR: None: all that have something to write.
-            counts: chunks; those that can be finished; those at the start that are.
+            counts: chunks that can be finished; those at the start that are.
             call: of the memory.
         """
-        config, rule, num_chunks = self.config, self.config.rule, counts[0]
+        config, rule = self.config, self.config.rule
+        num_chunks = 1 if rule.chunk_size is None else laid.keys.shape[1] // rule.chunk_size
         keys, values = self._chunked(laid.keys, num_chunks), self._chunked(laid.values, num_chunks)
         active = None
         if laid.paired is not None:
@@ -243,9 +244,11 @@ class NeuralMemory(MemoryParts):
         logits = self._gate_logits(laid.logits, num_chunks)
         if config.write == "pooled":
             active = keys.new_ones(keys.shape[:3], dtype=torch.bool) if active is None else active
-            share = shares(active, keys.dtype)
-            keys, values = pool(keys, share), pool(values, share)
-            logits = [pool(part.unsqueeze(-1), shares(active, part.dtype)).squeeze(-1) for part in logits]
+            of_pairs = shares(active, keys.dtype)
+            keys, values = pool(keys, of_pairs), pool(values, of_pairs)
+            if logits:
+                of_gates = shares(active, logits[0].dtype)
+                logits = [pool(part.unsqueeze(-1), of_gates).squeeze(-1) for part in logits]
             active = active.any(dim=-1, keepdim=True)
         gates = GateValues(active, **dict(zip(rule.token_gates, logits, strict=True)))
         finished = None if finished_BR is None else finished_BR.repeat_interleave(config.heads, dim=0)
@@ -253,7 +256,7 @@ class NeuralMemory(MemoryParts):
             finished = active.any(dim=-1) if finished is None else finished & active.any(dim=-1)
         coefficients_ = coefficients(gates, rule, keys.new_empty(keys.shape[:3], dtype=call.fast.weights[0].dtype))
         log_keep = log_keeps(gates, rule, coefficients_.surprise) if rule.chunk_semantics == "delta" else None
-        return Work(Pairs(keys, values, log_keep), active, coefficients_, finished, *counts[1:])
+        return Work(Pairs(keys, values, log_keep), active, coefficients_, finished, *counts)
 
     def _gate_logits(self, laid_BSG: Tensor, num_chunks: int) -> list[Tensor]:
         """[B, S, gates * heads] -> of every gate [N, R, C]."""

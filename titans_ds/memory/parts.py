@@ -110,12 +110,12 @@ class MemoryParts(nn.Module):
         if self.config.token_shift:
             source_BTH, has_previous_BT = previous_tokens(hidden_BTH, state, positions.mask_BT)
             paired_BT = positions.mask_BT & has_previous_BT
-        if paired_BT is not None:
+            source_BTH = source_BTH.masked_fill(~paired_BT.unsqueeze(-1), 0)
+        if not positions.all_written:
             # A padding position may hold anything, NaN too: 0 times it would not be 0.
             hidden_BTH = hidden_BTH.masked_fill(~positions.mask_BT.unsqueeze(-1), 0)
-        hidden = source = self._normed(hidden_BTH)
-        if self.config.token_shift and paired_BT is not None:
-            source = self._normed(source_BTH.masked_fill(~paired_BT.unsqueeze(-1), 0))
+        hidden = self._normed(hidden_BTH)
+        source = self._normed(source_BTH) if self.config.token_shift else hidden
         split_keys, split_values = self._split(norm=True), self._split(norm=False)
         if not self.tail_length:
             keys, values = self.key_projection(source, split_keys), self.value_projection(hidden, split_values)

@@ -84,11 +84,6 @@ class Pairs:
     log_keep: Tensor | None = None
 
 
-def shares(active_NRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of every token to store in its chunk's mean, [N, R, C]."""
-    return active_NRC.to(dtype) / active_NRC.sum(dim=-1, keepdim=True).clamp(min=1).to(dtype)
-
-
 def pool(x_NRCD: Tensor, shares_NRC: Tensor) -> Tensor:
     """The mean over a chunk's tokens to store, as a chunk of one token: a write of rank 1 per matrix. [N, R, 1, D]."""
     return shares_NRC.unsqueeze(-2) @ x_NRCD

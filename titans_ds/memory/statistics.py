@@ -7,6 +7,7 @@ from torch import Tensor
 
 from titans_ds.memory import network
 from titans_ds.memory.chunks import Work
+from titans_ds.memory.gates import shares
 from titans_ds.memory.network import Form, Weights
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.state import LayerState
@@ -18,8 +19,7 @@ def write_stats(before: Fast, after: Fast, work: Work, form: Form, heads: int) -
     keys, values = work.pairs.keys, work.pairs.values
     stored = keys.new_ones(keys.shape[:3], dtype=torch.bool) if work.active_NRC is None else work.active_NRC
     stored = stored if work.finished_NR is None else stored & work.finished_NR.unsqueeze(-1)
-    stored_NS = stored.flatten(1)
-    shares_NS = stored_NS / stored_NS.sum(dim=1, keepdim=True).clamp(min=1)
+    shares_NS = shares(stored.flatten(1), torch.float32)
     keys, values = keys.flatten(1, 2), values.flatten(1, 2)
 
     def loss(weights: Weights) -> Tensor:

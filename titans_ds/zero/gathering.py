@@ -35,11 +35,11 @@ def mark_whole(module: nn.Module) -> list[nn.Module]:
 
 def prefetch_whole(zero: dict[str, Any], leaves: list[nn.Module]) -> dict[str, Any]:
     """The section zero_optimization, with room for the largest leaf to be gathered ahead; a size in it is kept."""
-    largest = max((sum(_numel(p) for p in leaf.parameters()) for leaf in leaves), default=0)
+    largest = max((sum(whole_numel(p) for p in leaf.parameters()) for leaf in leaves), default=0)
     return {"stage3_prefetch_bucket_size": max(largest, _PREFETCH)} | zero
 
 
-def _numel(parameter: nn.Parameter) -> int:
+def whole_numel(parameter: nn.Parameter) -> int:
     """Of the whole parameter, also of one that was partitioned when it was loaded."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
