@@ -243,13 +243,7 @@ class NeuralMemory(MemoryParts):
             active = torch.unflatten(laid.paired.repeat_interleave(config.heads, dim=0), 1, (num_chunks, -1))
         logits = self._gate_logits(laid.logits, num_chunks)
         if config.write == "pooled":
-            active = keys.new_ones(keys.shape[:3], dtype=torch.bool) if active is None else active
-            of_pairs = shares(active, keys.dtype)
-            keys, values = pool(keys, of_pairs), pool(values, of_pairs)
-            if logits:
-                of_gates = shares(active, logits[0].dtype)
-                logits = [pool(part.unsqueeze(-1), of_gates).squeeze(-1) for part in logits]
-            active = active.any(dim=-1, keepdim=True)
+            keys, values, logits, active = _pooled(keys, values, logits, active)
         gates = GateValues(active, **dict(zip(rule.token_gates, logits, strict=True)))
         finished = None if finished_BR is None else finished_BR.repeat_interleave(config.heads, dim=0)
         if active is not None:
@@ -267,6 +261,20 @@ class NeuralMemory(MemoryParts):
 
     def _stats(self, fast: Fast, work: Work, call: _Call) -> LayerState:
         return write_stats(call.fast, fast, work, call.inner.form, self.config.heads) if call.access.stats else {}
+
+
+def _pooled(
+    keys: Tensor, values: Tensor, logits: list[Tensor], active: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+    """The means over a chunk's pairs to store, as a chunk of one: [N, R, 1, d], and of logits [N, R, 1]."""
+    if active is None:
+        means = (keys.mean(dim=2, keepdim=True), values.mean(dim=2, keepdim=True))
+        return *means, [part.mean(dim=2, keepdim=True) for part in logits], None
+    of_pairs = shares(active, keys.dtype)
+    if logits:
+        of_gates = shares(active, logits[0].dtype)
+        logits = [pool(part.unsqueeze(-1), of_gates).squeeze(-1) for part in logits]
+    return pool(keys, of_pairs), pool(values, of_pairs), logits, active.any(dim=-1, keepdim=True)
 
 
 @dataclass(frozen=True)

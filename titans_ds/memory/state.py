@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from titans_ds.errors import StateError
 
@@ -83,11 +83,18 @@ class MemoryState:
         }
         return MemoryState(layers)
 
+    def all_finite(self) -> Tensor:
+        """Whether no sample has a NaN or an infinity: a scalar, in a handful of launches."""
+        return torch.isfinite(nn.utils.get_total_norm(self._filled(), math.inf))
+
     def is_finite(self) -> Tensor:
         """[B], false where a sample has a NaN or an infinity in any layer."""
-        tensors = [t for layer in self.layers.values() for t in layer.values() if t.numel() > 0]
+        tensors = self._filled()
         most = [torch.linalg.vector_norm(t.reshape(t.shape[0], -1), math.inf, dim=1) for t in tensors]
         return torch.isfinite(torch.stack(most)).all(dim=0)
+
+    def _filled(self) -> list[Tensor]:
+        return [t for layer in self.layers.values() for t in layer.values() if t.numel() > 0]
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
         """Write one safetensors file (to a temporary name, then renamed), with `metadata` in its header."""

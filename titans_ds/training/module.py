@@ -125,7 +125,7 @@ class TrainingModule(nn.Module):
         self,
         input_ids: Tensor,
         labels: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         reset: Tensor,
         state: States | None,
         mode: tuple[bool, ...],
@@ -136,7 +136,7 @@ class TrainingModule(nn.Module):
         Args:
             input_ids: [B, T], right-padded.
             labels: [B, T], already shifted, IGNORED where there is no target.
-            mask: bool [B, T], true where a token may be written.
+            mask: bool [B, T], true where a token may be written; None: everywhere.
             reset: bool [B], true where a row starts from W_0.
             state: by layer; None starts every row from W_0.
             mode: the fields of Mode, in order.
@@ -194,8 +194,9 @@ class Runner(Protocol):
 
 def run_segment(engine: Runner, batch: Batch, state: States | None, mode: Mode, tape: Tape | None = None) -> Outputs:
     """Run an engine's TrainingModule on one segment of every lane."""
-    arrays = (batch.input_ids, batch.labels, batch.mask, batch.reset)
-    tensors = [torch.from_numpy(array).to(engine.device, non_blocking=True) for array in arrays]
+    mask = None if batch.mask.all() else batch.mask  # without one a memory has less to compute
+    arrays = (batch.input_ids, batch.labels, mask, batch.reset)
+    tensors = [None if x is None else torch.from_numpy(x).to(engine.device, non_blocking=True) for x in arrays]
     given = None if not state else {index: dict(layer) for index, layer in state.items()}  # ZeRO-3 rewrites dicts
     mode = dataclasses.replace(mode, write=mode.write and mode.memory, stats=mode.stats and mode.memory)
     return Outputs(*engine(*tensors, given, dataclasses.astuple(mode), *([] if tape is None else [tape])))

@@ -104,11 +104,12 @@ def commit(passes: Passes, carried: Carried) -> bool:
     carried.state, carried.restart = passes.state, None
     if not passes.state:
         return True
-    finite_B = MemoryState(passes.state).is_finite()
-    if bool(finite_B.all()):
+    state = MemoryState(passes.state)
+    if bool(state.all_finite()):
         return True
-    zeros = MemoryState(passes.state).map(torch.zeros_like)  # a NaN would pass through products with masks
-    carried.state = MemoryState(passes.state).where(finite_B, zeros).layers
+    finite_B = state.is_finite()
+    zeros = state.map(torch.zeros_like)  # a NaN would pass through products with masks
+    carried.state = state.where(finite_B, zeros).layers
     carried.restart = ~finite_B
     return False
 
