@@ -6,7 +6,9 @@
 Off is the same graft with the same trainable parameters, reading the fixed initial weights and writing nothing. Within
 a row, steps of both kinds alternate; rows follow one another, since a large model fits once, and `plain` comes again
 at the end. The floor is the time that the matrix products of the plain step, counted by PyTorch, take at the rate of a
-large product measured in the same run. Written after every row. Needs no deepspeed.
+large product measured in the same run. `issued` is the part of a step after which the host had given the device all its
+passes: where it comes near 1, the processor is the limit, and a busy one is slow. Written after every row. Needs no
+deepspeed.
 """
 
 from __future__ import annotations
@@ -122,17 +124,18 @@ def table(report: dict[str, Any]) -> str:
     if floor:
         lines += [f"floor {floor:,.0f} tokens/s: {report['flops_per_token'] / 1e9:.3g} GFLOP a token", ""]
     lines += [
-        "| | off, tokens/s | over plain | share of floor | on, tokens/s | on / off | peak GiB |",
-        "|" + "---|" * 7,
+        "| | off, tokens/s | over plain | share of floor | on, tokens/s | on / off | issued, off / on | peak GiB |",
+        "|" + "---|" * 8,
     ]
     for name, row in report["rows"].items():
         if "failure" in row:
-            lines.append(f"| {name} | {row['failure']} |" + " |" * 5)
+            lines.append(f"| {name} | {row['failure']} |" + " |" * 6)
             continue
         on, off = row["memory_on"], row["memory_off"]
         speed = off["tokens_per_second"]
         cells = [f"{speed:,.0f}", f"{speed / plain:.3f}" if plain else "-", f"{speed / floor:.3f}" if floor else "-"]
-        cells += [f"{on['tokens_per_second']:,.0f}", f"{on['tokens_per_second'] / speed:.3f}", f"{on['peak_gib']:.2f}"]
+        cells += [f"{on['tokens_per_second']:,.0f}", f"{on['tokens_per_second'] / speed:.3f}"]
+        cells += [f"{off['issued']:.2f} / {on['issued']:.2f}", f"{on['peak_gib']:.2f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -74,12 +74,20 @@ class RandomLanes:
         return Step(batch, batch.num_targets)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Of one step: its seconds; those of them after which the host had given the device all its passes; peak memory."""
+
+    seconds: float
+    issued: float
+    peak_bytes: int
+
+
 @dataclass
 class Measured:
-    """Seconds of every step of one kind, and the most memory held in one."""
+    """The steps of one kind."""
 
-    seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
+    costs: list[Cost] = field(default_factory=list)
 
 
 def main() -> int:
@@ -110,9 +118,8 @@ def alternate(
     measured = {True: Measured(), False: Measured()}
     for step in range(warmup + steps):
         for write in (True, False):
-            seconds, most = one_step(engine, lanes, carried[write], settings, write, device)
-            measured[write].peak_bytes = max(measured[write].peak_bytes, most if step >= warmup else 0)
-            measured[write].seconds += [seconds] * (step >= warmup)
+            cost = one_step(engine, lanes, carried[write], settings, write, device)
+            measured[write].costs += [cost] * (step >= warmup)
     return measured
 
 
@@ -123,16 +130,17 @@ def one_step(
     settings: TrainingSettings,
     write: bool,
     device: torch.device,
-) -> tuple[float, int]:
-    """One optimizer step: its seconds, and the peak memory in bytes."""
+) -> Cost:
+    """One optimizer step."""
     gc.collect()
     reset_peak(device)
     start = now(device)
     passes = run_passes(engine, lanes, carried, settings, 1, Mode(write=write))
+    issued = time.perf_counter() - start
     commit(passes, carried)
     bool(torch.isfinite(passes.loss_sum))  # as the training loop asks, with memory on and off
     engine.step(1e-4, skip=False)
-    return now(device) - start, peak(device)
+    return Cost(now(device) - start, issued, peak(device))
 
 
 def table(report: dict[str, Any]) -> str:
@@ -245,12 +253,13 @@ def _setting(arguments: argparse.Namespace) -> str:
 
 def figures(measured: Measured, tokens: int) -> dict[str, Any]:
     """For a report: the median step of `tokens` tokens, and the peak of memory."""
-    median = statistics.median(measured.seconds)
+    median = statistics.median(c.seconds for c in measured.costs)
     return {
         "median_seconds": median,
-        "seconds": measured.seconds,
+        "seconds": [c.seconds for c in measured.costs],
+        "issued": statistics.median(c.issued / c.seconds for c in measured.costs),
         "tokens_per_second": tokens / median,
-        "peak_gib": measured.peak_bytes / 2**30,
+        "peak_gib": max(c.peak_bytes for c in measured.costs) / 2**30,
     }
 
 
