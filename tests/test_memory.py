@@ -268,5 +268,24 @@ def test_state_errors(tmp_path) -> None:
         MemoryState.load(tmp_path / "x")
     bad = MemoryState({1: {"w0": torch.tensor([[[1.0]], [[float("inf")]]])}})
     assert bad.is_finite().tolist() == [True, False]
+    for spoil, finite in ((float("inf"), False), (float("nan"), False), (1e38, True)):
+        mixed = {
+            "w0": torch.tensor([[1.0], [spoil]]),
+            "tail_hidden": torch.ones(2, 3).bfloat16(),
+            "none": torch.ones(2, 0),
+        }
+        assert bool(MemoryState({1: mixed, 4: {"w0": torch.zeros(2, 1)}}).all_finite()) is finite
     with pytest.raises(ConfigError, match="inner_steps is -1"):
         Controls(inner_steps=-1)
+
+
+@pytest.mark.parametrize("write", ["pooled", "token"])
+def test_no_mask_is_a_mask_of_ones(write) -> None:
+    memory, h = make(write=write), hidden(2, 7)
+    state = state_of(memory, 2)
+    ones = torch.ones(2, 7, dtype=torch.bool)
+    (read, bare, _), (same, masked, _) = (memory(h, state, mask, None, WRITE) for mask in (None, ones))
+    assert not torch.equal(bare["w0"], state["w0"])
+    torch.testing.assert_close(read, same)
+    for name, tensor in masked.items():
+        torch.testing.assert_close(bare[name], tensor)
