@@ -15,7 +15,7 @@ import gc
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,6 @@ class Cost:
     peak_bytes: int
 
 
-@dataclass
-class Measured:
-    """The steps of one kind."""
-
-    costs: list[Cost] = field(default_factory=list)
-
-
 def main() -> int:
     """Run the program; returns its exit code."""
     return run(measure, table, _arguments())
@@ -112,14 +105,14 @@ def alternate(
     warmup: int,
     steps: int,
     device: torch.device,
-) -> dict[bool, Measured]:
+) -> dict[bool, list[Cost]]:
     """Steps with memory on (True) and off, by turns; those of the warm-up don't count."""
     carried = {True: Carried(), False: Carried()}
-    measured = {True: Measured(), False: Measured()}
+    measured: dict[bool, list[Cost]] = {True: [], False: []}
     for step in range(warmup + steps):
         for write in (True, False):
             cost = one_step(engine, lanes, carried[write], settings, write, device)
-            measured[write].costs += [cost] * (step >= warmup)
+            measured[write] += [cost] * (step >= warmup)
     return measured
 
 
@@ -221,7 +214,7 @@ def load_base(config: TrainConfig, vocab_size: int) -> nn.Module:
 
 
 def _report(
-    arguments: argparse.Namespace, module: nn.Module, measured: dict[bool, Measured], device: torch.device
+    arguments: argparse.Namespace, module: nn.Module, measured: dict[bool, list[Cost]], device: torch.device
 ) -> dict[str, Any]:
     tokens = arguments.lanes * arguments.tokens * arguments.window
     on, off = (figures(measured[write], tokens) for write in (True, False))
@@ -251,15 +244,15 @@ def _setting(arguments: argparse.Namespace) -> str:
     return f"{arguments.dtype}, {shape}, {arguments.order} order, {arguments.memory_write} write, {checkpointing}"
 
 
-def figures(measured: Measured, tokens: int) -> dict[str, Any]:
+def figures(costs: list[Cost], tokens: int) -> dict[str, Any]:
     """For a report: the median step of `tokens` tokens, and the peak of memory."""
-    median = statistics.median(c.seconds for c in measured.costs)
+    median = statistics.median(c.seconds for c in costs)
     return {
         "median_seconds": median,
-        "seconds": [c.seconds for c in measured.costs],
-        "issued": statistics.median(c.issued / c.seconds for c in measured.costs),
+        "seconds": [c.seconds for c in costs],
+        "issued": statistics.median(c.issued / c.seconds for c in costs),
         "tokens_per_second": tokens / median,
-        "peak_gib": max(c.peak_bytes for c in measured.costs) / 2**30,
+        "peak_gib": max(c.peak_bytes for c in costs) / 2**30,
     }
 
 

@@ -93,6 +93,16 @@ class MemoryState:
         most = [torch.linalg.vector_norm(t.reshape(t.shape[0], -1), math.inf, dim=1) for t in tensors]
         return torch.isfinite(torch.stack(most)).all(dim=0)
 
+    def mended(self) -> tuple[MemoryState, Tensor | None]:
+        """The state with 0 in samples that are not finite, and which ones are, [B]; itself and None where all are.
+
+        A NaN would pass through products with masks, also in a sample that starts anew. Waits for the device.
+        """
+        if bool(self.all_finite()):
+            return self, None
+        finite_B = self.is_finite()
+        return self.where(finite_B, self.map(torch.zeros_like)), finite_B
+
     def _filled(self) -> list[Tensor]:
         return [t for layer in self.layers.values() for t in layer.values() if t.numel() > 0]
 

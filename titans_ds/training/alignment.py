@@ -110,9 +110,7 @@ class AlignmentTrainer:
 
     def _write(self, batch: Batch, own: bool) -> dict[int, Lesson]:
         lessons, state = observe(self.model, batch, self._state, own)
-        finite_B = MemoryState(state).is_finite()
-        zeros = MemoryState(state).map(torch.zeros_like)
-        self._state = state if bool(finite_B.all()) else MemoryState(state).where(finite_B, zeros).layers
+        self._state = MemoryState(state).mended()[0].layers
         return lessons
 
     def _learn(self, lessons: dict[int, Lesson], lr: float) -> float:

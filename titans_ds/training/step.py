@@ -104,13 +104,10 @@ def commit(passes: Passes, carried: Carried) -> bool:
     carried.state, carried.restart = passes.state, None
     if not passes.state:
         return True
-    state = MemoryState(passes.state)
-    if bool(state.all_finite()):
+    state, finite_B = MemoryState(passes.state).mended()
+    if finite_B is None:
         return True
-    finite_B = state.is_finite()
-    zeros = state.map(torch.zeros_like)  # a NaN would pass through products with masks
-    carried.state = state.where(finite_B, zeros).layers
-    carried.restart = ~finite_B
+    carried.state, carried.restart = state.layers, ~finite_B
     return False
 
 
