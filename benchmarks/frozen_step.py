@@ -42,6 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "layers": {"compile": "layers"},
     "graphs": {"memory_graphs": "on"},
     "mlp_graphs": {"compile": "mlp", "memory_graphs": "on"},
+    "mlp_layer_graphs": {"compile": "mlp", "layer_graphs": True},
     "lora": {LORA: True},
     "lora_mlp": {LORA: True, "compile": "mlp"},
     "lora_layers": {LORA: True, "compile": "layers"},
@@ -162,7 +163,10 @@ def _config(options: argparse.Namespace, given: dict[str, Any]) -> TrainConfig:
 def _possible() -> list[str]:
     """The rows that this machine can run: CUDA graphs need a GPU."""
     gpu = torch.cuda.is_available() and "--cpu" not in sys.argv
-    return [name for name, given in ROWS.items() if gpu or given.get("memory_graphs") != "on"]
+    needs_gpu = {
+        name for name, given in ROWS.items() if given.get("memory_graphs") == "on" or given.get("layer_graphs")
+    }
+    return [name for name in ROWS if gpu or name not in needs_gpu]
 
 
 def _options() -> argparse.Namespace:

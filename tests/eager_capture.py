@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from titans_ds.memory import NeuralMemory
 from titans_ds.memory.graphed import MemoryGraphs
@@ -47,3 +49,49 @@ def graphed(memory: NeuralMemory, fail: bool = False) -> EagerCapture:
     capture = EagerCapture(fail)
     memory.graphs = MemoryGraphs("on", lambda device: capture)
     return capture
+
+
+class StaticCallables:
+    """torch.cuda.make_graphed_callables without CUDA: what it makes has one place for each input, output and gradient.
+
+    A function's activations last until it is called again, so that a backward pass that comes later is wrong, or fails.
+    """
+
+    def __init__(self, fail: bool = False) -> None:
+        self.fail = fail
+        self.captures = self.forwards = self.backwards = 0
+
+    def __call__(
+        self, functions: tuple[Callable[[Tensor], Tensor], ...], samples: tuple[tuple[Tensor], ...], pool: object
+    ) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """The functions, each in buffers of its own."""
+        if self.fail:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        self.captures += 1
+        return tuple(self._static(function, sample) for function, (sample,) in zip(functions, samples, strict=True))
+
+    def _static(self, function: Callable[[Tensor], Tensor], place: Tensor) -> Callable[[Tensor], Tensor]:
+        counts, made = self, {}
+        out = function(place).detach().clone()
+        d_out, d_place = torch.empty_like(out), torch.empty_like(place)
+
+        class Replayed(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, hidden: Tensor) -> Tensor:
+                counts.forwards += 1
+                made.clear()
+                with torch.no_grad():
+                    place.copy_(hidden)
+                with torch.enable_grad():
+                    made["out"] = function(place)
+                out.copy_(made["out"].detach())
+                return out.detach()
+
+            @staticmethod
+            def backward(ctx: Any, d_hidden: Tensor) -> Tensor:
+                counts.backwards += 1
+                d_out.copy_(d_hidden)
+                (found,) = torch.autograd.grad(made.pop("out"), place, d_out)
+                return d_place.copy_(found).detach()
+
+        return Replayed.apply

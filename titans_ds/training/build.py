@@ -13,6 +13,7 @@ from titans_ds.graft import lora
 from titans_ds.graft.titans_model import TitansModel
 from titans_ds.training.compiled import compile_parts
 from titans_ds.training.engine import Engine
+from titans_ds.training.layer_graphs import graph_layers
 from titans_ds.training.module import PlainModel, TrainingModule
 from titans_ds.training.segments import Separators
 from titans_ds.training.settings import ModelSettings, TrainConfig
@@ -77,6 +78,8 @@ def make_module(base: nn.Module, config: TrainConfig) -> TrainingModule:
     torch.manual_seed(config.training.seed)
     model = _graft(base, config, train_base)
     compile_parts(base, config.training.compile)
+    if config.training.layer_graphs:
+        graph_layers(base)
     if config.training.checkpointing:
         enable_checkpointing(base)
     return TrainingModule(model, config.training.loss_chunk_tokens, config.training.loss_kernel).train()

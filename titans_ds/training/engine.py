@@ -76,6 +76,7 @@ class TorchEngine:
         self.optimizer, self.clip = optimizer, clip
         self._module, self._device = module, device
         self._masters: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._trained = [p for group in optimizer.param_groups for p in group["params"]]
         for group in optimizer.param_groups:
             group["params"] = [self._master(p) for p in group["params"]]
 
@@ -121,7 +122,8 @@ class TorchEngine:
         self.optimizer.prepare(lr, skip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.module.zero_grad()
+        for parameter in self._trained:  # a walk over all modules takes milliseconds, and the device waits
+            parameter.grad = None
         self._copy_masters()
         return norm, self.optimizer.applied
 
@@ -150,5 +152,6 @@ class TorchEngine:
         self._copy_masters()
 
     def _copy_masters(self) -> None:
-        for parameter, master in self._masters:
-            parameter.data.copy_(master.data)
+        if self._masters:
+            narrow, wide = ([p.data for p in side] for side in zip(*self._masters, strict=True))
+            torch._foreach_copy_(narrow, wide)

@@ -143,6 +143,9 @@ class TrainingSettings:
         memory_graphs: replay what a memory computes as CUDA graphs, a forward and a backward one: `auto`, where it is
             chunked and runs on a GPU; `on`, every memory, and an error where there are no graphs (on a CPU, under
             ZeRO-3); or `off`. A graph's backward computes the forward again. See docs/kernels.md.
+        layer_graphs: replay the layers that learn nothing and have no memory as CUDA graphs, for a GPU that waits for
+            its processor. With a frozen base, one segment in a graph, on a GPU, not under ZeRO-3; activations stay in
+            the graphs. See docs/frozen_step.md.
         seed: of everything random.
         log_interval: steps between lines of metrics.
         nonfinite_limit: stop after this many steps in a row with a loss, gradient or state that is not finite.
@@ -161,6 +164,7 @@ class TrainingSettings:
     loss_kernel: LossKernel = "auto"
     compile: Compile = "none"
     memory_graphs: MemoryGraphsChoice = "auto"
+    layer_graphs: bool = False
     seed: int = 0
     log_interval: int = 1
     nonfinite_limit: int = 10
@@ -317,6 +321,8 @@ class TrainConfig:
             check_trainable(self.graft, self.training.order)
             self._check_second_order(self.graft.injection)
             self._check_compile(self.graft.injection)
+        if self.training.layer_graphs:
+            self._check_layer_graphs()
 
     def _check_second_order(self, injection: str) -> None:
         if self.training.order == "first" or injection != "prefix":
@@ -338,6 +344,22 @@ class TrainConfig:
             "compiled layer has no second derivatives; set training.compile to 'none' (or neither graft.injection to "
             "'prefix' nor training.second_order to 'through_base')",
         )
+
+    def _check_layer_graphs(self) -> None:
+        """A layer's activations lie in its graph, until the next segment comes."""
+        prefix = self.graft is not None and self.graft.injection == "prefix"
+        reasons = {
+            "model.trainable is 'all', so that no layer is frozen": self.model.trainable == "all",
+            "training.checkpointing is on, which keeps no activations": self.training.checkpointing,
+            "training.offload_activations is on, and a graph's activations can't leave the GPU": (
+                self.training.offload_activations
+            ),
+            "the order and scheme keep several segments, or second derivatives, in one graph": (
+                self.training.scheme in ONE_GRAPH or prefix
+            ),
+        }
+        for reason, holds in reasons.items():
+            _require(not holds, f"training.layer_graphs is on, but {reason}; switch one of the two off")
 
     @property
     def segment_tokens(self) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class SkippableAdamW(torch.optim.AdamW):
@@ -24,8 +25,10 @@ class SkippableAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step, or none."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        finite = torch.stack([torch.isfinite(g).all() for g in gradients]).all() if gradients else torch.ones(())
-        if bool(self.agree(~finite.bool())) or self.skip:
+        gradients = [g for g in gradients if g.numel() > 0]  # a rank's share may be empty
+        # The greatest entry is finite where all are (a norm of another kind might overflow); a few launches for all.
+        greatest = nn.utils.get_total_norm(gradients, math.inf) if gradients else torch.zeros(())
+        if bool(self.agree(~torch.isfinite(greatest))) or self.skip:
             return None
         self.applied = True
         return super().step(closure)

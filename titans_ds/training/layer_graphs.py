@@ -1,0 +1,255 @@
+"""Frozen layers as CUDA graphs: the forward pass of a layer is one launch, and so is its backward pass.
+
+Between two memories a frozen base launches thousands of small kernels a step, each through Python and autograd. Where
+a processor takes longer over that than a GPU over the kernels, the GPU waits. Layers that learn nothing and have no
+memory are captured by torch.cuda.make_graphed_callables, all of them in one order; what lies between runs as before.
+
+What a layer keeps for its backward pass lies in its graph, so a segment has to go back before the next one comes.
+Passes without gradients, and shapes that were not captured, run as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from titans_ds.errors import ConfigError
+from titans_ds.graft.call import KEYWORD
+from titans_ds.graft.families import layers_of
+from titans_ds.graft.injection import CHILD
+
+_LOG = logging.getLogger(__name__)
+_MOST = 4  # captured shapes; inputs, outputs and their gradients are held once for each
+_MOST_KNOWN = 64  # shapes that are counted
+
+Graphed = Callable[[Tensor], Tensor]
+# (functions, their sample arguments, pool=) -> the functions as graphs, as torch.cuda.make_graphed_callables
+MakeGraphed = Callable[..., tuple[Graphed, ...]]
+
+
+def graph_layers(base: nn.Module, make: MakeGraphed | None = None) -> int:
+    """Replay the frozen layers of a base model in training. Returns how many; call after grafting, LoRA, compilation.
+
+    Args:
+        base: the model.
+        make: captures; PyTorch's where not given.
+
+    Raises:
+        UnsupportedModelError: the model's type is not known; see find_mixers.
+        ConfigError: there is no GPU; or ZeRO-3 has partitioned the model, whose parameters have no place of their own.
+    """
+    if any(hasattr(p, "ds_id") for p in base.parameters()):
+        raise ConfigError(
+            "training.layer_graphs is on under ZeRO-3, which moves parameters at every pass; switch it off, or use "
+            "ZeRO-2"
+        )
+    if make is None:
+        if not torch.cuda.is_available():
+            raise ConfigError("training.layer_graphs is on, but there is no CUDA GPU here; switch it off")
+        make = cast(MakeGraphed, torch.cuda.make_graphed_callables)
+    layers = [layer for layer in layers_of(base) if _is_frozen(layer)]
+    if not layers:
+        _LOG.warning("training.layer_graphs is on, but every layer learns something or has a memory: nothing to replay")
+        return 0
+    graphs = LayerGraphs(layers, make)
+    for index, layer in enumerate(layers):
+        layer.forward = graphs.wrapped(index)
+    return len(layers)
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    learns = any(p.requires_grad for p in layer.parameters())
+    return not learns and not any(hasattr(m, CHILD) for m in layer.modules())
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What one call of a layer is given; what a graph depends on of it is `key`.
+
+    Args:
+        hidden: hidden states [B, T, H]: shape, dtype, device and whether they need a gradient.
+        training: the layer's mode.
+        leaves, spec: all other arguments, flat, and how they were nested.
+        kinds: of the leaves: a tensor's shape and dtype, another value itself.
+    """
+
+    hidden: tuple[torch.Size, torch.dtype, torch.device, bool]
+    training: bool
+    leaves: list[Any]
+    spec: Any
+    kinds: tuple[Hashable, ...]
+
+    @property
+    def key(self) -> Hashable:
+        """Calls that have it in common may share a graph."""
+        return self.hidden, self.training, self.spec, self.kinds
+
+    def sample(self) -> Tensor:
+        """Hidden states of this kind."""
+        shape, dtype, device, needs = self.hidden
+        return torch.zeros(shape, dtype=dtype, device=device, requires_grad=needs)
+
+
+@dataclass
+class _Fixed:
+    """A tensor beside the hidden states, at the place where graphs look for it."""
+
+    place: Tensor
+    last: Tensor | None = None  # what was copied there
+    version: int = -1
+
+    def take(self, tensor: Tensor) -> None:
+        """Copy; once for all layers that are given the same tensor."""
+        if self.last is not tensor or self.version != tensor._version:
+            self.place.copy_(tensor)
+            self.last, self.version = tensor, tensor._version
+
+
+@dataclass
+class _Layer:
+    """One captured layer: its graphs, the key of its inputs, and by leaf the tensors beside the hidden states."""
+
+    graphed: Graphed
+    key: Hashable
+    fixed: list[_Fixed | None]
+
+    def replay(self, hidden: Tensor, leaves: list[Any]) -> Tensor:
+        """The layer's output, which stays until its next replay."""
+        for fixed, leaf in zip(self.fixed, leaves, strict=True):
+            if fixed is not None:
+                fixed.take(leaf)
+        return self.graphed(hidden)
+
+
+@dataclass
+class LayerGraphs:
+    """The layers of one model, in the order in which they run.
+
+    Args:
+        layers: frozen ones.
+        make: captures.
+    """
+
+    layers: list[nn.Module]
+    make: MakeGraphed
+    _plain: list[Callable[..., Tensor]] = field(init=False)
+    _seen: dict[Hashable, dict[int, _Given]] = field(default_factory=dict)  # by what the first layer was given
+    _captured: dict[Hashable, list[_Layer]] = field(default_factory=dict)
+    _now: list[_Layer] | None = None  # graphs of the pass that runs
+    _noting: dict[int, _Given] | None = None  # inputs of the pass that runs
+    _places: list[int] = field(default_factory=list)
+    _pool: Any = None
+    _off: bool = False
+
+    def __post_init__(self) -> None:
+        self._plain = [layer.forward for layer in self.layers]
+
+    def wrapped(self, index: int) -> Callable[..., Tensor]:
+        """What takes the place of a layer's forward."""
+        plain = self._plain[index]
+
+        @functools.wraps(plain)
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            given = None if self._off else self._inputs(index, hidden_states, args, kwargs)
+            if index == 0:
+                self._begin(given)
+            if given is not None and self._now is not None and self._now[index].key == given.key:
+                return self._now[index].replay(hidden_states, given.leaves)
+            if given is not None and self._noting is not None:
+                self._noting[index] = given
+            return plain(hidden_states, *args, **kwargs)
+
+        return forward
+
+    def _inputs(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Given | None:
+        """None where a layer has to run as it is: without gradients, in a recomputation, for generation."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return None
+        if torch.is_autocast_enabled(hidden.device.type):
+            return None
+        leaves, spec = pytree.tree_flatten((args, {k: v for k, v in kwargs.items() if k != KEYWORD}))
+        kinds = tuple(_kind(leaf, hidden.device) for leaf in leaves)
+        if None in kinds:
+            return None
+        like = (hidden.shape, hidden.dtype, hidden.device, hidden.requires_grad)
+        return _Given(like, self.layers[index].training, leaves, spec, kinds)
+
+    def _begin(self, given: _Given | None) -> None:
+        """A pass through the layers begins."""
+        self._now = self._noting = None
+        if given is None:
+            return
+        if self._captured and self._places != self._find_places():
+            self._give_up("parameters have moved")
+            return
+        self._now = self._captured.get(given.key)
+        if self._now is not None or len(self._captured) >= _MOST:
+            return
+        seen = self._seen.get(given.key)
+        if seen is not None and len(seen) == len(self.layers):
+            del self._seen[given.key]
+            self._now = self._capture([seen[i] for i in range(len(self.layers))])
+            if self._now is not None:
+                self._captured[given.key] = self._now
+        elif len(self._seen) < _MOST_KNOWN:
+            self._noting = self._seen.setdefault(given.key, {})
+
+    def _capture(self, seen: list[_Given]) -> list[_Layer] | None:
+        """All layers, at the shapes of one pass: forward from the first to the last, then backward to the first."""
+        fixed: dict[int, _Fixed] = {}
+        for leaf in (leaf for given in seen for leaf in given.leaves if isinstance(leaf, Tensor)):
+            fixed.setdefault(id(leaf), _Fixed(leaf.detach().clone()))
+        kept = [[fixed[id(leaf)] if isinstance(leaf, Tensor) else None for leaf in given.leaves] for given in seen]
+        functions = tuple(
+            _bound(plain, given, places) for plain, given, places in zip(self._plain, seen, kept, strict=True)
+        )
+        samples = tuple((given.sample(),) for given in seen)
+        device = seen[0].hidden[2]
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if self._pool is None and stream is not None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            graphed = self.make(functions, samples, pool=self._pool)
+        except RuntimeError as error:
+            if stream is not None:
+                torch.cuda.set_stream(stream)  # which a capture that ends badly doesn't
+            self._give_up(str(error.__context__ or error).strip().partition("\n")[0])
+            return None
+        self._places = self._find_places()
+        return [_Layer(g, given.key, places) for g, given, places in zip(graphed, seen, kept, strict=True)]
+
+    def _find_places(self) -> list[int]:
+        """Where the parameters lie."""
+        return [p.data_ptr() for layer in self.layers for p in layer.parameters()]
+
+    def _give_up(self, reason: str) -> None:
+        _LOG.warning("frozen layers run kernel by kernel from here on, not as CUDA graphs: %s", reason)
+        self._off = True
+        self._now = self._noting = None
+        self._captured.clear()
+        self._seen.clear()
+
+
+def _kind(leaf: Any, device: torch.device) -> Hashable | None:
+    """What a graph depends on of an argument; None where it can't have it."""
+    if isinstance(leaf, Tensor):
+        return (leaf.shape, leaf.dtype) if leaf.device == device and not leaf.requires_grad else None
+    return ("value", leaf) if leaf is None or isinstance(leaf, (bool, int, float, str)) else None
+
+
+def _bound(plain: Callable[..., Tensor], given: _Given, places: list[_Fixed | None]) -> Graphed:
+    """A layer as a function of its hidden states alone."""
+    leaves = [leaf if fixed is None else fixed.place for leaf, fixed in zip(given.leaves, places, strict=True)]
+    args, kwargs = pytree.tree_unflatten(leaves, given.spec)
+
+    def function(hidden: Tensor) -> Tensor:
+        return plain(hidden, *args, **kwargs)
+
+    return function
