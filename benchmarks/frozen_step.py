@@ -16,24 +16,22 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory_layer import matmul_rate
 from benchmarks.program import run, save
-from benchmarks.train_step import RandomLanes, add_base, alternate, figures, make_engine, model_settings, one_step
+from benchmarks.train_step import RandomLanes, add_base, alternate, count, figures, make_engine, model_settings
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
 from titans_ds.training import build
-from titans_ds.training.engine import TorchEngine
+from titans_ds.training.module import Mode
 from titans_ds.training.run_folder import versions
 from titans_ds.training.settings import DataSettings, TrainConfig, TrainingSettings
-from titans_ds.training.step import Carried
 
 LORA = "lora"
+MODES = {"memory_on": Mode(), "memory_off": Mode(write=False)}
 # By name: settings of training; `lora`: rank 64 on attention, beside the memory.
 ROWS: dict[str, dict[str, Any]] = {
     "plain": {"loss_kernel": "chunked"},
@@ -82,39 +80,16 @@ def measure_row(
 ) -> dict[str, Any]:
     """One row; the first of them counts the products of a step."""
     config = _config(options, given)
+    torch.compiler.reset()  # or shapes of the rows before would count as shapes that vary
     try:
         engine = make_engine(config, device)
         lanes = RandomLanes(options.lanes, options.tokens, build.vocabulary_of(engine.module.model.base_model))
         if "flops_per_token" not in report and not given.get("compile"):
             report["flops_per_token"] = count(engine, lanes, config.training, device) / (options.lanes * options.tokens)
-        measured = alternate(engine, lanes, config.training, options.warmup, options.steps, device)
+        measured = alternate(engine, lanes, config.training, options.warmup, options.steps, device, MODES)
     except torch.OutOfMemoryError as error:
         return {"failure": str(error).splitlines()[0]}
-    on, off = (figures(measured[write], options.lanes * options.tokens) for write in (True, False))
-    return {"memory_on": on, "memory_off": off}
-
-
-def count(engine: TorchEngine, lanes: RandomLanes, settings: TrainingSettings, device: torch.device) -> int:
-    """Floating-point operations of the matrix products and attention of one step with memory off."""
-    with FlopCounterMode(display=False, custom_mapping=_attention_flops()) as counter:
-        one_step(engine, lanes, Carried(), settings, False, device)
-    return int(counter.get_total_flops())
-
-
-def _attention_flops() -> dict[Any, Callable[..., int]]:
-    """Of PyTorch's attention, also where queries have more heads than keys, which its own count refuses."""
-
-    def forward(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-        return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
-
-    def backward(_: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *__: Any, **___: Any) -> int:
-        return 5 * forward(query, key, value) // 2  # scores once more, then four products
-
-    aten, found = torch.ops.aten, {}
-    for kind in ("flash", "efficient", "cudnn"):
-        name = f"_scaled_dot_product_{kind}_attention"
-        found |= {getattr(aten, name): forward, getattr(aten, f"{name}_backward"): backward}
-    return found
+    return {name: figures(costs, options.lanes * options.tokens) for name, costs in measured.items()}
 
 
 def table(report: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from benchmarks.program import run, save
-from benchmarks.train_step import RandomLanes, make_engine, model_settings, now, peak, reset_peak
+from benchmarks.train_step import LEARNED, RandomLanes, make_engine, model_settings, now, peak, reset_peak
 from titans_ds.config import GraftConfig, MemoryConfig
 from titans_ds.memory_config import named_memory
 from titans_ds.training import build
@@ -60,14 +60,6 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
 }
 # Kept activations of a 9B are many gigabytes a file, all of them in pinned host memory: these only where asked for.
 LARGE = ("two_phase_kept_offload", "window_kept_offload")
-LEARNED: dict[str, Any] = {
-    "write": "token",
-    "learn_step_size": True,
-    "key_projection": "learned",
-    "value_projection": "learned",
-    "output_projection": "learned",
-    "learn_initial_weights": True,
-}
 
 
 @dataclass

@@ -1,11 +1,14 @@
-"""What writing costs: a training step with memory on over one with memory off, in one run.
+"""What each kind of training costs: a step with memory on, of second order, and of LoRA, over one with memory off.
 
     python -m benchmarks.train_step                                 # a tiny hybrid, on the CPU or the GPU there is
-    python -m benchmarks.train_step --base qwen3.5-9b-random --dtype bfloat16 --tokens 2048 --checkpointing
-    python -m benchmarks.train_step --base PATH_OR_HUB_ID
+    python -m benchmarks.train_step --base qwen3.5-9b-random --dtype bfloat16 --lanes 1 --tokens 4096 --compile mlp
+    python -m benchmarks.train_step --base PATH_OR_HUB_ID --rows memory_off memory_on
 
 Off is the same graft with the same trainable parameters, reading the fixed initial weights and writing nothing. Steps
-of both kinds alternate, so that what else the machine does falls on both. Needs no deepspeed.
+with memory on and off alternate, so that what else the machine does falls on both; the other rows follow, each with a
+model of its own, since a large one fits once. The floor is the time that the matrix products of a step with memory
+off, counted by PyTorch, take at the rate of a large product measured in the same run. The report is written after every
+row. Needs no deepspeed.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import gc
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.program import run
-from titans_ds.config import GraftConfig, MemoryConfig
+from benchmarks.memory_layer import matmul_rate
+from benchmarks.program import run, save
+from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
 from titans_ds.training import build
 from titans_ds.training.engine import TorchEngine
 from titans_ds.training.lanes import Step
@@ -83,19 +89,69 @@ class Cost:
     peak_bytes: int
 
 
+# By name: which model, and what a pass does. Models: the paper's memory; one that learns what to write; LoRA's alone.
+ROWS: dict[str, tuple[str, Mode]] = {
+    "memory_off": ("paper", Mode(write=False)),
+    "memory_on": ("paper", Mode()),
+    "second_order": ("learned", Mode()),
+    "lora": ("lora", Mode(memory=False)),
+}
+LORA_RANK = 64
+# Of a memory that second order has something to teach.
+LEARNED: dict[str, Any] = {
+    "write": "token",
+    "learn_step_size": True,
+    "key_projection": "learned",
+    "value_projection": "learned",
+    "output_projection": "learned",
+    "learn_initial_weights": True,
+}
+
+
 def main() -> int:
     """Run the program; returns its exit code."""
     return run(measure, table, _arguments())
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both kinds of step, alternating; the ratio of medians and of peaks."""
+    """Every row, those of one model by turns; ratios over memory off."""
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-    config = _config(arguments)
-    engine = make_engine(config, device)
-    lanes = RandomLanes(arguments.lanes, arguments.tokens, build.vocabulary_of(engine.module.model.base_model))
-    measured = alternate(engine, lanes, config.training, arguments.warmup, arguments.steps, device)
-    return _report(arguments, engine.module, measured, device)
+    report: dict[str, Any] = {
+        "base": arguments.base,
+        "device": device_name(device),
+        "setting": _setting(arguments),
+        "matmul_flops_per_second": matmul_rate(device, getattr(torch, arguments.dtype)),
+        "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
+        "versions": versions(),
+        "rows": {},
+    }
+    for model in dict.fromkeys(ROWS[name][0] for name in arguments.rows):
+        modes = {name: ROWS[name][1] for name in arguments.rows if ROWS[name][0] == model}
+        report["rows"] |= measure_model(arguments, model, modes, device, report)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        save(_with_ratios(report), arguments.out)
+    return _with_ratios(report)
+
+
+def measure_model(
+    arguments: argparse.Namespace, name: str, modes: dict[str, Mode], device: torch.device, report: dict[str, Any]
+) -> dict[str, Any]:
+    """The rows of one model; with memory off, the products of a token as well."""
+    config = _config(arguments, name)
+    tokens = arguments.lanes * arguments.tokens * config.training.window
+    torch.compiler.reset()  # or shapes of the rows before would count as shapes that vary
+    try:
+        engine = make_engine(config, device)
+        lanes = RandomLanes(arguments.lanes, arguments.tokens, build.vocabulary_of(engine.module.model.base_model))
+        if "memory_off" in modes:
+            report["flops_per_token"] = count(engine, lanes, config.training, device) / tokens
+        costs = alternate(engine, lanes, config.training, arguments.warmup, arguments.steps, device, modes)
+    except torch.OutOfMemoryError as error:
+        return {row: {"failure": str(error).splitlines()[0]} for row in modes}
+    trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
+    return {row: figures(found, tokens) | {"trained_parameters": trained} for row, found in costs.items()}
 
 
 def alternate(
@@ -105,14 +161,15 @@ def alternate(
     warmup: int,
     steps: int,
     device: torch.device,
-) -> dict[bool, list[Cost]]:
-    """Steps with memory on (True) and off, by turns; those of the warm-up don't count."""
-    carried = {True: Carried(), False: Carried()}
-    measured: dict[bool, list[Cost]] = {True: [], False: []}
+    modes: dict[str, Mode],
+) -> dict[str, list[Cost]]:
+    """Steps of every kind, by turns; those of the warm-up don't count."""
+    carried = {name: Carried() for name in modes}
+    measured: dict[str, list[Cost]] = {name: [] for name in modes}
     for step in range(warmup + steps):
-        for write in (True, False):
-            cost = one_step(engine, lanes, carried[write], settings, write, device)
-            measured[write] += [cost] * (step >= warmup)
+        for name, mode in modes.items():
+            cost = one_step(engine, lanes, carried[name], settings, mode, device)
+            measured[name] += [cost] * (step >= warmup)
     return measured
 
 
@@ -121,14 +178,14 @@ def one_step(
     lanes: RandomLanes,
     carried: Carried,
     settings: TrainingSettings,
-    write: bool,
+    mode: Mode,
     device: torch.device,
 ) -> Cost:
     """One optimizer step."""
     gc.collect()
     reset_peak(device)
     start = now(device)
-    passes = run_passes(engine, lanes, carried, settings, 1, Mode(write=write))
+    passes = run_passes(engine, lanes, carried, settings, 1, mode)
     issued = time.perf_counter() - start
     commit(passes, carried)
     bool(torch.isfinite(passes.loss_sum))  # as the training loop asks, with memory on and off
@@ -136,16 +193,67 @@ def one_step(
     return Cost(now(device) - start, issued, peak(device))
 
 
+def count(engine: TorchEngine, lanes: RandomLanes, settings: TrainingSettings, device: torch.device) -> int:
+    """Floating-point operations of the matrix products and attention of one step with memory off.
+
+    Of a model's first step, before its layers are replayed. Compiled parts run as they are, since PyTorch can't look
+    into its own kernels; others', such as DeltaNet's, count nothing.
+    """
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, FlopCounterMode(display=False, custom_mapping=_attention_flops()) as counter:
+        one_step(engine, lanes, Carried(), settings, Mode(write=False), device)
+    return int(counter.get_total_flops())
+
+
+def _attention_flops() -> dict[Any, Callable[..., int]]:
+    """Of PyTorch's attention, also where queries have more heads than keys, which its own count refuses."""
+
+    def forward(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+    def backward(_: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *__: Any, **___: Any) -> int:
+        return 5 * forward(query, key, value) // 2  # scores once more, then four products
+
+    aten, found = torch.ops.aten, {}
+    for kind in ("flash", "efficient", "cudnn"):
+        name = f"_scaled_dot_product_{kind}_attention"
+        found |= {getattr(aten, name): forward, getattr(aten, f"{name}_backward"): backward}
+    return found
+
+
+def _with_ratios(report: dict[str, Any]) -> dict[str, Any]:
+    """With every row's speed and peak over those with memory off, and its share of the floor."""
+    rows, off = report["rows"], report["rows"].get("memory_off", {})
+    flops = report.get("flops_per_token")
+    for row in rows.values():
+        for name in ("tokens_per_second", "peak_gib"):
+            if name in row and name in off:
+                row[f"{name}_over_off"] = row[name] / off[name]
+        if flops and "tokens_per_second" in row:
+            row["share_of_floor"] = row["tokens_per_second"] * flops / report["matmul_flops_per_second"]
+    return report
+
+
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
-    on, off, ratio = report["memory_on"], report["memory_off"], report["ratio"]
-    rows = [
-        ("step time, median (s)", f"{on['median_seconds']:.4f}", f"{off['median_seconds']:.4f}", ratio["step_time"]),
-        ("peak memory (GiB)", f"{on['peak_gib']:.3f}", f"{off['peak_gib']:.3f}", ratio["peak_memory"]),
-        ("tokens/s", f"{on['tokens_per_second']:,.0f}", f"{off['tokens_per_second']:,.0f}", ratio["tokens_per_second"]),
-    ]
-    lines = [f"{report['model']}, {report['device']}, {report['setting']}", "", "| | on | off | on / off |"]
-    lines += ["|---|---|---|---|", *(f"| {name} | {a} | {b} | {r:.3f} |" for name, a, b, r in rows)]
+    lines = [f"{report['base']}, {report['device']}, {report['setting']}", ""]
+    if flops := report.get("flops_per_token"):
+        floor = report["matmul_flops_per_second"] / flops
+        lines += [f"floor {floor:,.0f} tokens/s: {flops / 1e9:.3g} GFLOP a token with memory off", ""]
+    lines += ["| | step, median (s) | tokens/s | over off | share of floor | issued | peak GiB | over off |"]
+    lines += ["|" + "---|" * 8]
+    for name, row in report["rows"].items():
+        if "failure" in row:
+            lines.append(f"| {name} | {row['failure']} |" + " |" * 6)
+            continue
+        speed, share, memory = (
+            f"{row[key]:.3f}" if key in row else "-"
+            for key in ("tokens_per_second_over_off", "share_of_floor", "peak_gib_over_off")
+        )
+        cells = [f"{row['median_seconds']:.4f}", f"{row['tokens_per_second']:,.0f}", speed, share]
+        lines.append(
+            f"| {name} | " + " | ".join([*cells, f"{row['issued']:.2f}", f"{row['peak_gib']:.2f}", memory]) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -155,27 +263,43 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lanes", type=int, default=2, help="segments side by side (default: 2)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a segment (default: 256)")
     parser.add_argument("--dim", type=int, default=None, help="memory dim (default: 512, or 64 for tiny)")
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
+    )
     parser.add_argument("--memory-write", choices=("pooled", "token"), default="pooled")
-    parser.add_argument("--order", choices=("first", "second"), default="first")
     parser.add_argument("--window", type=int, default=2, help="segments of every lane in a step (default: 2)")
+    parser.add_argument("--compile", choices=("none", "mlp", "layers"), default="none", help="parts of the base")
+    parser.add_argument("--layer-graphs", action="store_true", help="replay frozen layers as CUDA graphs")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
-    parser.add_argument("--steps", type=int, default=10, help="steps of each kind that count (default: 10)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps of each kind before them (default: 3)")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each row that count (default: 10)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each row before them (default: 3)")
     parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
-    parser.add_argument("--out", type=Path, help="write the report as JSON, too")
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, help="write the report as JSON after every row")
+    arguments = parser.parse_args()
+    possible = [name for name in ROWS if name != "second_order" or arguments.window >= 2]
+    arguments.rows = arguments.rows or possible
+    if not set(arguments.rows) <= set(possible):
+        parser.error(f"--window is {arguments.window}, and row second_order needs 2 segments or more")
+    return arguments
 
 
-def _config(arguments: argparse.Namespace) -> TrainConfig:
+def _config(arguments: argparse.Namespace, name: str) -> TrainConfig:
+    """Of one model."""
     dim = arguments.dim or (64 if arguments.base == "tiny" else 512)
     training = TrainingSettings(
-        order=arguments.order, window=arguments.window, checkpointing=arguments.checkpointing, loss_chunk_tokens=2048
+        order="second" if name == "learned" else "first",
+        window=arguments.window,
+        checkpointing=arguments.checkpointing,
+        compile=arguments.compile,
+        layer_graphs=arguments.layer_graphs,
+        loss_chunk_tokens=2048,
     )
-    memory = MemoryConfig(dim=dim, write=arguments.memory_write)
+    memory = MemoryConfig(dim=dim, **({"write": arguments.memory_write} if name != "learned" else LEARNED))
     return TrainConfig(
         model=model_settings(arguments.base, arguments.dtype),
         data=DataSettings(corpus="random tokens"),
         graft=GraftConfig(segment_tokens=arguments.tokens, memory=memory),
+        lora=LoraSettings(rank=LORA_RANK) if name == "lora" else None,
         training=training,
         deepspeed=None,
     )
@@ -213,35 +337,16 @@ def load_base(config: TrainConfig, vocab_size: int) -> nn.Module:
     return build.load_base(config.model, 0, architecture.vocab_size)
 
 
-def _report(
-    arguments: argparse.Namespace, module: nn.Module, measured: dict[bool, list[Cost]], device: torch.device
-) -> dict[str, Any]:
-    tokens = arguments.lanes * arguments.tokens * arguments.window
-    on, off = (figures(measured[write], tokens) for write in (True, False))
-    ratio = {
-        "step_time": on["median_seconds"] / off["median_seconds"],
-        "peak_memory": on["peak_gib"] / off["peak_gib"],
-        "tokens_per_second": on["tokens_per_second"] / off["tokens_per_second"],
-    }
-    parameters = sum(p.numel() for p in module.parameters())
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "model": f"{arguments.base} ({parameters / 1e6:,.1f}M parameters, {trained / 1e6:,.2f}M trained)",
-        "device": device_name or f"CPU, {torch.get_num_threads()} threads",
-        "setting": _setting(arguments),
-        "memory_on": on,
-        "memory_off": off,
-        "ratio": ratio,
-        "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
-        "versions": versions(),
-    }
+def device_name(device: torch.device) -> str:
+    """As a report names it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def _setting(arguments: argparse.Namespace) -> str:
     shape = f"{arguments.lanes} lanes x {arguments.tokens} tokens x {arguments.window} segments"
-    checkpointing = "with recompute" if arguments.checkpointing else "no recompute"
-    return f"{arguments.dtype}, {shape}, {arguments.order} order, {arguments.memory_write} write, {checkpointing}"
+    ways = [f"compile {arguments.compile}"] + ["frozen layers as graphs"] * arguments.layer_graphs
+    ways += ["with recompute" if arguments.checkpointing else "no recompute"]
+    return f"{arguments.dtype}, {shape}, {arguments.memory_write} write, {', '.join(ways)}"
 
 
 def figures(costs: list[Cost], tokens: int) -> dict[str, Any]:
@@ -272,9 +377,9 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """The most memory held since `reset_peak`, in bytes: of the GPU, or of this process."""
+    """The most memory held since `reset_peak`, in bytes: of the GPU, with what graphs keep, or of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) + graph_bytes()
     if sys.platform != "linux":
         from titans_ds.training.metrics import peak_host_bytes
 
@@ -282,6 +387,13 @@ def peak(device: torch.device) -> int:
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def graph_bytes() -> int:
+    """What CUDA graphs keep for themselves between replays, which no count of living tensors shows."""
+    segments = torch.cuda.memory_snapshot()
+    own = [s for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)]
+    return sum(s["total_size"] - s["allocated_size"] for s in own)
 
 
 if __name__ == "__main__":

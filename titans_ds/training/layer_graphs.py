@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -216,7 +217,10 @@ class LayerGraphs:
         if self._pool is None and stream is not None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            graphed = self.make(functions, samples, pool=self._pool)
+            with warnings.catch_warnings():
+                # Samples meet two streams, that of warming up and that of the capture: no gradient gathers in them.
+                warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
+                graphed = self.make(functions, samples, pool=self._pool)
         except RuntimeError as error:
             if stream is not None:
                 torch.cuda.set_stream(stream)  # which a capture that ends badly doesn't
