@@ -2,7 +2,8 @@
 
 Every way does the same work: N tokens after each prompt, no stop, no end of text. Random weights serve as well as
 trained ones. In the memory mode C of the prompt's tokens are written into the memory instead of standing before the
-rest; `concat` reads them, as part of the prompt.
+rest; `concat` reads them, as part of the prompt. The floor is the time that the matrix products of reading the prompt
+and making N tokens, counted by PyTorch, take at the rate of a large product measured in the same run.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import titans_ds
+from benchmarks.memory_layer import matmul_rate
 from benchmarks.program import save
-from benchmarks.train_step import RANDOM_BASES, now, peak, reset_peak
+from benchmarks.train_step import RANDOM_BASES, attention_flops, now, peak, reset_peak
 from eval.decoding import Decoder, DecodeSettings, Job
 from eval.provenance import describe_environment
 from eval.subject import ModelSettings, Subject, load_base, load_tokenizer
@@ -73,6 +76,19 @@ class Forced:
         config = GraftConfig(memory=MemoryConfig(dim=self.options.memory_dim))
         grafted = titans_ds.attach(self.vanilla.base_model, config).eval()
         self.grafted = RandomSubject(grafted.base_model, grafted.to(self.device), self.vanilla.tokenizer)
+
+    def sample_flops(self) -> float:
+        """Operations of the matrix products and attention for one prompt and its new tokens, before any compilation.
+
+        A new token is counted as one of the prompt's, and the head for new tokens alone. Kernels that PyTorch can't
+        see into, such as DeltaNet's, count nothing.
+        """
+        model, ids = self.vanilla.base_model, self._prompts([0])
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=attention_flops()) as counter:
+            getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)
+        head = 2 * model.get_output_embeddings().weight.numel()
+        new = self.options.force_new_tokens
+        return counter.get_total_flops() * (1 + new / ids.numel()) + head * new
 
     def generate(self, batch_size: int, count: int, num_new: int) -> int:
         """Transformers' own way; returns the batch size."""
@@ -133,11 +149,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     sizes, first = options.batch_sizes, options.batch_sizes[0]
     report: dict[str, Any] = {"settings": {name: str(value) for name, value in vars(options).items()}, "ways": {}}
     report |= {"device": _name(work.device), **describe_environment()}
+    report["matmul_flops_per_second"] = matmul_rate(work.device, next(work.vanilla.base_model.parameters()).dtype)
+    report["flops_per_sample"] = work.sample_flops()
 
     def way(name: str, run: Callable[[int, int], int], batch_size: int) -> None:
         if name.partition("@")[0] not in options.ways:
             return
-        report["ways"][name] = _measured(run, options, batch_size, work.device)
+        found = report["ways"][name] = _measured(run, options, batch_size, work.device)
+        if "samples_per_second" in found:
+            floor = report["matmul_flops_per_second"] / report["flops_per_sample"]
+            found["share_of_floor"] = found["samples_per_second"] / floor
         report["ratios"] = ratios(report, options)
         save(report, options.out)
         print(f"{name}: {report['ways'][name]}", flush=True)
@@ -206,12 +227,15 @@ def ratios(report: dict[str, Any], options: argparse.Namespace) -> dict[str, flo
 
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown tables."""
-    lines = ["", "| way | samples/s | ms a step | s to read a batch |", "|---|---|---|---|"]
+    floor = report["matmul_flops_per_second"] / report["flops_per_sample"]
+    lines = ["", f"floor {floor:,.2f} samples/s: {report['flops_per_sample'] / 1e12:.3g} TFLOP a sample", ""]
+    lines += ["| way | samples/s | share of floor | ms a step | s to read a batch |", "|---|---|---|---|---|"]
     for name, way in report["ways"].items():
         if "error" in way:
-            lines.append(f"| {name} | {way['error']} | | |")
+            lines.append(f"| {name} | {way['error']} | | | |")
             continue
-        figures = (way["samples_per_second"], way["step_milliseconds"], way["read_seconds_a_batch"])
+        figures = [way["samples_per_second"], way["share_of_floor"], way["step_milliseconds"]]
+        figures.append(way["read_seconds_a_batch"])
         lines.append(f"| {name} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |")
     lines += ["", "| ratio | |", "|---|---|", *(f"| {n} | {r:.3f} |" for n, r in report["ratios"].items())]
     return "\n".join(lines)

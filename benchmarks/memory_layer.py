@@ -9,7 +9,8 @@ medians. The floor is the counted operations (recomputation not counted) over th
 first. Peak memory is what a row allocates beyond what was there before it, with what CUDA graphs keep. Ratios are
 taken against the group's fastest row of this project that does the whole work. Rows run in a process of their own that
 is started again after a row that breaks it or runs out of time: an error is a row. Peers: titans-pytorch (pip install
-titans-pytorch), fla (pip install flash-linear-attention), LaCT (--lact PATH of its ttt_operation.py).
+titans-pytorch), fla (pip install flash-linear-attention), LaCT (--lact PATH of its ttt_operation.py), ttt-lm-pytorch
+(--ttt-lm PATH of its ttt.py).
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 
 import torch
 
-from benchmarks.memory_layer_cases import Case, Shape, core, gradient, layer
-from benchmarks.memory_layer_peers import lact, titans_pytorch, ttt_linear
+from benchmarks.memory_layer_cases import Case, Shape, core, gradient, layer, named_layer
+from benchmarks.memory_layer_peers import Files, lact, titans_pytorch, ttt_linear, ttt_lm
 from benchmarks.program import save
 
 _LACT_HIDDEN = 256
 
 
-def cases(tiny: bool, lact_path: Path | None) -> list[Case]:
+def cases(tiny: bool, files: Files) -> list[Case]:
     """All rows, this project's first in every group."""
     size = (2, 64, 32) if tiny else (4, 4096, 512)
     heads = (1, 2) if tiny else (8, 1)
@@ -53,8 +54,8 @@ def cases(tiny: bool, lact_path: Path | None) -> list[Case]:
         rows += _span(Shape(2, 2048, 512, 8, 64))
     for count in heads if tiny else (8, 4, 2, 1):
         rows += _chunk(Shape(*size, count, 4 if tiny else 64), loop=tiny or count in (8, 1))
-    rows += _large(Shape(*size, 2, size[1] // 2), lact_path, size[2] // 2 if tiny else _LACT_HIDDEN)
-    rows += _ttt(Shape(*size, 2 if tiny else 8, 16))
+    rows += _large(Shape(*size, 2, size[1] // 2), files.lact, size[2] // 2 if tiny else _LACT_HIDDEN)
+    rows += _ttt(Shape(*size, 2 if tiny else 8, 16), files.ttt_lm)
     for dim in (8, 16) if tiny else (64, 128, 256, 512):
         rows += _gradients(dim, 4 if tiny else 256, 16 if tiny else 64)
     return rows
@@ -116,10 +117,18 @@ def _large(shape: Shape, lact_path: Path | None, hidden: int) -> list[Case]:
     return rows
 
 
-def _ttt(shape: Shape) -> list[Case]:
-    flops = 4 * shape.product()
-    group = f"core, TTT-Linear, {shape.label}"
-    return [Case(group, "fla TTT-Linear", shape.label, ttt_linear(shape), (flops, 3 * flops))]
+def _ttt(shape: Shape, ttt_lm_path: Path | None) -> list[Case]:
+    """Depth 1: two products to the loss and the gradient, one read; and four projections."""
+    products = 3 * shape.product()
+    group, flops = f"core, TTT-Linear, {shape.label}", (products, 3 * products)
+    rows = [Case(group, "fla TTT-Linear", shape.label, ttt_linear(shape), flops)]
+    whole = products + 4 * 2.0 * shape.batch * shape.tokens * shape.dim**2
+    group, flops = f"layer, TTT-Linear, {shape.label}", (whole, 3 * whole)
+    for name, graphs in (("titans-ds", False), ("titans-ds graphs", True)):
+        rows.append(Case(group, name, shape.label, named_layer(shape, "ttt_linear", graphs), flops, ours=True))
+    if ttt_lm_path is not None:
+        rows.append(Case(group, "ttt-lm-pytorch", shape.label, ttt_lm(ttt_lm_path, shape), flops))
+    return rows
 
 
 def _gradients(dim: int, rows: int, tokens: int) -> list[Case]:
@@ -194,11 +203,11 @@ def _graph_bytes() -> int:
     return sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0))
 
 
-def worker(channel: Connection, tiny: bool, lact_path: Path | None, seconds: float) -> None:
+def worker(channel: Connection, tiny: bool, files: Files, seconds: float) -> None:
     """Rows by number, until None."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
-    rows = cases(tiny, lact_path)
+    rows = cases(tiny, files)
     channel.send({"rate": matmul_rate(device), "device": _name(device), "torch": torch.__version__})
     while (index := channel.recv()) is not None:
         try:
@@ -242,7 +251,7 @@ class Runner:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.channel, there = context.Pipe()
-        arguments = (there, self.options.tiny, self.options.lact, self.options.seconds)
+        arguments = (there, self.options.tiny, self.options.files, self.options.seconds)
         self.process = context.Process(target=worker, args=arguments, daemon=True)
         self.process.start()
         there.close()
@@ -303,19 +312,21 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[], help="patterns of rows to run; all where not given")
     parser.add_argument("--skip", nargs="+", default=[], help="patterns of rows to leave out")
     parser.add_argument("--lact", type=Path, help="a copy of LaCT's ttt_operation.py")
+    parser.add_argument("--ttt-lm", type=Path, help="a copy of ttt-lm-pytorch's ttt.py")
     parser.add_argument("--seconds", type=float, default=0.3, help="time to repeat a measurement for")
     parser.add_argument("--row-seconds", type=float, default=40, help="give a row up after this time")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a test")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
-    if options.lact is not None and not options.lact.is_file():
-        print(
-            f"--lact {options.lact} is not a file; expected LaCT's lact_llm/lact_model/ttt_operation.py",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
+    options.files = Files(options.lact, options.ttt_lm)
+    expected = {"lact": "LaCT's lact_llm/lact_model/ttt_operation.py", "ttt_lm": "ttt-lm-pytorch's ttt.py"}
+    for name, what in expected.items():
+        path = getattr(options, name)
+        if path is not None and not path.is_file():
+            print(f"--{name.replace('_', '-')} {path} is not a file; expected {what}", file=sys.stderr)
+            raise SystemExit(2)
     runner, results = Runner(options), []
-    for index, case in enumerate(cases(options.tiny, options.lact)):
+    for index, case in enumerate(cases(options.tiny, options.files)):
         if wanted(case, options.rows) and not (options.skip and wanted(case, options.skip)):
             row = {"group": case.group, "name": case.name, "flops": case.flops, "ours": case.ours}
             results.append(row | runner.run(index))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import torch
@@ -24,6 +24,7 @@ from titans_ds.memory.kernels.graphs import Graphs, Result, Tensors
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
+from titans_ds.memory_config import named_memory
 
 LEARNED = {"key_projection": "learned", "value_projection": "learned", "output_projection": "learned"}
 
@@ -134,15 +135,7 @@ def layer(
             rule=rule,
             **LEARNED,  # type: ignore[arg-type]
         )
-        memory = NeuralMemory(shape.dim, config, 0).to(device)
-        memory.graphs = MemoryGraphs("auto" if graphs else "off")
-        x = leaf(shape.batch, shape.tokens, shape.dim, device=device)
-
-        def forward() -> Tensor:
-            with kernels.choice(kernel):
-                return memory(x, None, None, None, Access(write=True, graph=graph))[0]
-
-        step = stepper(forward, lambda: [x, *memory.parameters()])
+        step = _layer_step(config, shape, device, kernel, graph, graphs)
         if slices is not None:
             step = _under(mock.patch.object(graphed, "SLICE_TOKENS", shape.batch * shape.tokens // slices), step)
         if warps is not None:
@@ -150,6 +143,31 @@ def layer(
         return step
 
     return make
+
+
+def named_layer(shape: Shape, name: str, graphs: bool = False) -> Callable[[torch.device], object]:
+    """NeuralMemory with the rule of a known name, in heads and chunks of this shape."""
+
+    def make(device: torch.device) -> Callable[[bool], None]:
+        memory = named_memory(name, dim=shape.dim, heads=shape.heads)
+        config = replace(memory, rule=replace(memory.rule, chunk_size=shape.chunk))
+        return _layer_step(config, shape, device, "auto", True, graphs)
+
+    return make
+
+
+def _layer_step(
+    config: MemoryConfig, shape: Shape, device: torch.device, kernel: str, graph: bool, graphs: bool
+) -> Callable[[bool], None]:
+    memory = NeuralMemory(shape.dim, config, 0).to(device)
+    memory.graphs = MemoryGraphs("auto" if graphs else "off")
+    x = leaf(shape.batch, shape.tokens, shape.dim, device=device)
+
+    def forward() -> Tensor:
+        with kernels.choice(kernel):
+            return memory(x, None, None, None, Access(write=True, graph=graph))[0]
+
+    return stepper(forward, lambda: [x, *memory.parameters()])
 
 
 def _under(patch: contextlib.AbstractContextManager[object], step: Callable[[bool], None]) -> Callable[[bool], None]:

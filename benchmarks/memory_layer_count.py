@@ -7,7 +7,7 @@ A launch is an operator that is not a view. Operations are those of the matrix p
 tensors alive at once in forward + backward, parameters, input and gradients included. A Triton kernel counts as one
 launch and no operations. Rows `as graphs` (titans_ds.memory.graphed; `whole`: without slices) add to what is alive
 around the graphs what the larger of the two has alive at once. A GPU adds what the allocator rounds up, and cuBLAS's
-workspace.
+workspace. The inner gradient alone, in closed form and by torch.func, follows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import memory_layer_cases
-from benchmarks.memory_layer_cases import Shape, layer
+from benchmarks.memory_layer_cases import Shape, gradient, layer
 from benchmarks.memory_layer_peers import titans_pytorch
 from titans_ds.memory import graphed, kernels
 from titans_ds.memory.graphed import MemoryGraphs
@@ -165,6 +165,19 @@ def count(make: Callable[[torch.device], Any], engine: str | None) -> Counter:
     return counter
 
 
+def count_call(make: Callable[[torch.device], Any]) -> Counter:
+    """A call without a backward pass; its peak is what it takes beyond its inputs."""
+    gc.collect()
+    counter = Counter()
+    with faking(None, counter), counter:
+        step = make(torch.device("cpu"))
+        gc.collect()
+        counter.launches, counter.operations, counter.peak, before = 0, 0, counter.live, counter.live
+        step(False)
+    counter.peak -= before
+    return counter
+
+
 class CountedCapture(Capture):
     """Of functions that run when they are captured, and do nothing when they are replayed.
 
@@ -253,6 +266,14 @@ def main() -> None:
             found = count(make, engine) if whole is None else count_graphs(make, engine, whole)
             cells = f"{found.launches:,} | {found.operations / 1e9:,.1f} | {found.peak / 2**20:,.0f}"
             print(f"| {shape.label} | {name} | {cells} |", flush=True)
+    rows, tokens, dims = (4, 16, (8, 16)) if options.tiny else (256, 64, (64, 128, 256, 512))
+    heading = f"inner gradient of {rows} memories, {tokens} tokens"
+    print(f"\n| {heading} | launches | GFLOP | MiB beyond inputs |\n|---|---|---|---|")
+    for dim in dims:
+        for how in ("closed form", "vmap(grad)"):
+            found = count_call(gradient(rows, tokens, dim, how))
+            cells = f"{found.launches:,} | {found.operations / 1e9:,.1f} | {found.peak / 2**20:,.1f}"
+            print(f"| {how}, D{dim} | {cells} |", flush=True)
 
 
 def _rows(shape: Shape) -> Iterator[tuple[str, Callable[[torch.device], Any], str | None, bool | None]]:

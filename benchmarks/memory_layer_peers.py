@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -52,16 +54,35 @@ def titans_pytorch(shape: Shape, dtype: torch.dtype, compiled: bool) -> Callable
     return make
 
 
+@dataclass(frozen=True)
+class Files:
+    """Where the user's copies of peers' code lie; None: rows of that peer are left out.
+
+    Args:
+        lact: LaCT's lact_llm/lact_model/ttt_operation.py.
+        ttt_lm: ttt-lm-pytorch's ttt.py.
+    """
+
+    lact: Path | None = None
+    ttt_lm: Path | None = None
+
+
+def _load(path: Path, name: str) -> ModuleType:
+    """A user's copy of a file, as a module."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # torch.compile, and dataclasses, look there
+    spec.loader.exec_module(module)
+    return module
+
+
 def lact(path: Path, shape: Shape, hidden: int, use_muon: bool) -> Callable[[torch.device], object]:
     """`block_causal_lact_swiglu` of a user's copy of LaCT's ttt_operation.py."""
 
     def make(device: torch.device) -> Callable[[bool], None]:
-        spec = importlib.util.spec_from_file_location("lact_ttt_operation", path)
-        if spec is None or spec.loader is None:
-            raise FileNotFoundError(f"{path} is not a Python file; expected LaCT's ttt_operation.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # torch.compile, which it uses, looks there
-        spec.loader.exec_module(module)
+        module = _load(path, "lact_ttt_operation")
         rows, d = shape.batch * shape.heads, shape.head_dim
         q, k, v = (leaf(rows, shape.tokens, d, device=device, scale=d**-0.5) for _ in range(3))
         w = [leaf(rows, *s, device=device, scale=s[1] ** -0.5) for s in ((hidden, d), (d, hidden), (hidden, d))]
@@ -71,6 +92,26 @@ def lact(path: Path, shape: Shape, hidden: int, use_muon: bool) -> Callable[[tor
             return module.block_causal_lact_swiglu(*w, q, k, v, *rates, chunk_size=shape.chunk, use_muon=use_muon)
 
         return stepper(forward, lambda: [q, k, v, *w, *rates])
+
+    return make
+
+
+def ttt_lm(path: Path, shape: Shape) -> Callable[[torch.device], object]:
+    """`TTTLinear` of a user's copy of ttt-lm-pytorch's ttt.py: the layer, projections to output."""
+
+    def make(device: torch.device) -> Callable[[bool], None]:
+        module = _load(path, "ttt_lm_pytorch")
+        config = module.TTTConfig(
+            hidden_size=shape.dim,
+            num_attention_heads=shape.heads,
+            mini_batch_size=shape.chunk,
+            intermediate_size=2 * shape.dim,
+            num_hidden_layers=1,
+        )
+        layer = module.TTTLinear(config, layer_idx=0).to(device, torch.bfloat16)
+        x = leaf(shape.batch, shape.tokens, shape.dim, device=device)
+        places = torch.arange(shape.tokens, device=device).expand(shape.batch, -1)
+        return stepper(lambda: layer(x, position_ids=places), lambda: [x, *layer.parameters()])
 
     return make
 

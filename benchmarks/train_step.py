@@ -200,12 +200,12 @@ def count(engine: TorchEngine, lanes: RandomLanes, settings: TrainingSettings, d
     into its own kernels; others', such as DeltaNet's, count nothing.
     """
     eager = torch.compiler.set_stance("force_eager")
-    with eager, FlopCounterMode(display=False, custom_mapping=_attention_flops()) as counter:
+    with eager, FlopCounterMode(display=False, custom_mapping=attention_flops()) as counter:
         one_step(engine, lanes, Carried(), settings, Mode(write=False), device)
     return int(counter.get_total_flops())
 
 
-def _attention_flops() -> dict[Any, Callable[..., int]]:
+def attention_flops() -> dict[Any, Callable[..., int]]:
     """Of PyTorch's attention, also where queries have more heads than keys, which its own count refuses."""
 
     def forward(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
@@ -264,7 +264,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a segment (default: 256)")
     parser.add_argument("--dim", type=int, default=None, help="memory dim (default: 512, or 64 for tiny)")
     parser.add_argument(
-        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
+        "--rows", nargs="+", choices=list(ROWS), metavar="ROW", help=f"{', '.join(ROWS)} (default: all that can be)"
     )
     parser.add_argument("--memory-write", choices=("pooled", "token"), default="pooled")
     parser.add_argument("--window", type=int, default=2, help="segments of every lane in a step (default: 2)")

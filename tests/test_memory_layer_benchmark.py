@@ -31,10 +31,32 @@ def test_rows_are_measured_and_an_error_is_a_row(tmp_path) -> None:
     assert "| LaCT | RuntimeError" in done.stdout
 
 
-def test_what_is_not_there_is_said(tmp_path) -> None:
-    done = run("memory_layer", "--tiny", "--lact", str(tmp_path / "nothing.py"))
+def test_a_peers_layer_is_measured_beside_ours(tmp_path) -> None:
+    """By a file that has the names of ttt-lm-pytorch's, and does nothing of what it does."""
+    out, peer = tmp_path / "figures.json", tmp_path / "ttt.py"
+    peer.write_text(
+        "from torch import nn\n"
+        "TTTConfig = dict\n"
+        "class TTTLinear(nn.Linear):\n"
+        "    def __init__(self, config, layer_idx):\n"
+        "        super().__init__(config['hidden_size'], config['hidden_size'])\n"
+        "    def forward(self, x, position_ids):\n"
+        "        assert position_ids.shape == x.shape[:2]\n"
+        "        return super().forward(x)\n"
+    )
+    options = ("--tiny", "--seconds", "0.01", "--rows", "layer, TTT-Linear", "--ttt-lm", str(peer), "--out", str(out))
+    done = run("memory_layer", *options)
+    assert done.returncode == 0, done.stderr
+    results = {row["name"]: row for row in json.loads(out.read_text())["results"]}
+    assert list(results) == ["titans-ds", "titans-ds graphs", "ttt-lm-pytorch"]
+    assert all(min(row["both_ms"], row["forward_ms"]) > 0 for row in results.values()), results
+
+
+@pytest.mark.parametrize("option", ["--lact", "--ttt-lm"])
+def test_what_is_not_there_is_said(option: str, tmp_path) -> None:
+    done = run("memory_layer", "--tiny", option, str(tmp_path / "nothing.py"))
     assert done.returncode == 2
-    assert "is not a file" in done.stderr
+    assert f"{option} {tmp_path / 'nothing.py'} is not a file" in done.stderr
     assert "Traceback" not in done.stderr
 
 
