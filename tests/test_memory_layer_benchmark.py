@@ -64,7 +64,12 @@ def test_launches() -> None:
     pytest.importorskip("titans_pytorch", reason="titans-pytorch is not installed; it comes with the extra `dev`")
     done = run("memory_layer_count", "--tiny")
     assert done.returncode == 0, done.stderr
-    cells = [line.split("|")[2:5] for line in done.stdout.splitlines()[2:]]
+    layers, calls = (part.splitlines()[2:] for part in done.stdout.strip().split("\n\n"))
+    cells = [line.split("|")[2:5] for line in layers]
     launches = {name.strip(): int(count.replace(",", "")) for name, count, _ in cells}
     assert launches["span, triton"] < launches["span, loop"] / 2
     assert launches["chunk, triton"] < launches["chunk, loop"] / 8
+    of_gradients = [int(line.split("|")[2].replace(",", "")) for line in calls]
+    assert all(
+        closed < differentiated for closed, differentiated in zip(of_gradients[::2], of_gradients[1::2], strict=True)
+    )
