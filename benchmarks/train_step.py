@@ -14,6 +14,7 @@ row. Needs no deepspeed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import statistics
 import sys
@@ -146,7 +147,8 @@ def measure_model(
         engine = make_engine(config, device)
         lanes = RandomLanes(arguments.lanes, arguments.tokens, build.vocabulary_of(engine.module.model.base_model))
         if "memory_off" in modes:
-            report["flops_per_token"] = count(engine, lanes, config.training, device) / tokens
+            once = dataclasses.replace(config.training, window=1)  # a second segment would be replayed
+            report["flops_per_token"] = count(engine, lanes, once, device) / (arguments.lanes * arguments.tokens)
         costs = alternate(engine, lanes, config.training, arguments.warmup, arguments.steps, device, modes)
     except torch.OutOfMemoryError as error:
         return {row: {"failure": str(error).splitlines()[0]} for row in modes}
@@ -196,7 +198,7 @@ def one_step(
 def count(engine: TorchEngine, lanes: RandomLanes, settings: TrainingSettings, device: torch.device) -> int:
     """Floating-point operations of the matrix products and attention of one step with memory off.
 
-    Of a model's first step, before its layers are replayed. Compiled parts run as they are, since PyTorch can't look
+    Of a model's first segment, before its layers are replayed. Compiled parts run as they are, since PyTorch can't look
     into its own kernels; others', such as DeltaNet's, count nothing.
     """
     eager = torch.compiler.set_stance("force_eager")

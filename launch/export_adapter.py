@@ -88,7 +88,9 @@ def trained_parameters(found: Found) -> dict[str, Tensor]:
 
 
 def _config(found: Found, base: str | None) -> TrainConfig:
+    """Of the run, but for what an export without a GPU can't have, and another base."""
     config, _ = parse(["--config", str(found.path / files.CONFIG)])
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, layer_graphs=False))
     return config if base is None else dataclasses.replace(config, model=dataclasses.replace(config.model, base=base))
 
 

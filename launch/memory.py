@@ -51,6 +51,7 @@ def footprint(config: TrainConfig, settings: dict[str, Any], world_size: int) ->
         ranks=world_size,
         offload_optimizer=_offloaded(zero, "offload_optimizer"),
         offload_parameters=_offloaded(zero, "offload_param"),
+        layer_graphs=config.training.layer_graphs,
     )
 
 

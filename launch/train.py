@@ -164,6 +164,7 @@ def make_engine(
         check_checkpointable(settings, config.checkpoint.interval)
         settings = {**settings, "checkpoint": {**settings.get("checkpoint", {}), "load_universal": universal}}
         prepare_ops(needed_ops(settings))
+        check_stage(config, zero_stage(settings))
     check_memory(config, settings or {}, device)
     pretrained = settings is not None and config.model.base is not None  # random weights are the same at every stage
     with partitioned_loading(settings) if pretrained else contextlib.nullcontext():
@@ -173,6 +174,17 @@ def make_engine(
     if settings is None:
         return TorchEngine(module.to(device), make_optimizer(module, config.optimizer), config.optimizer.clip, device)
     return DeepSpeedEngine(module, make_optimizer(module, config.optimizer), settings, device)
+
+
+def check_stage(config: TrainConfig, stage: int) -> None:
+    """Refuse before anything is loaded what needs a base model whose parameters stay where they are."""
+    training = config.training
+    wanted = {"training.compile": training.compile != "none", "training.layer_graphs": training.layer_graphs}
+    for name in (name for name, on in wanted.items() if on and stage == 3):
+        raise ConfigError(
+            f"{name} is on under ZeRO-3, which gathers and releases parameters at every pass; switch it off, or take "
+            "ds_configs/zero2.json, where a frozen base is whole on every rank"
+        )
 
 
 def find_checkpoint(config: TrainConfig, own: dict[str, Any]) -> Found | None:

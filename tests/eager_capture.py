@@ -72,8 +72,10 @@ class StaticCallables:
 
     def _static(self, function: Callable[[Tensor], Tensor], place: Tensor) -> Callable[[Tensor], Tensor]:
         counts, made = self, {}
-        out = function(place).detach().clone()
-        d_out, d_place = torch.empty_like(out), torch.empty_like(place)
+        warm = function(place)  # forward and backward, as PyTorch's own does
+        out, d_out, d_place = warm.detach().clone(), torch.zeros_like(warm), torch.empty_like(place)
+        if place.requires_grad:
+            torch.autograd.grad(warm, place, d_out)
 
         class Replayed(torch.autograd.Function):
             @staticmethod

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from launch import export_adapter
 from launch.arguments import parse
+from launch.train import check_stage
 from tests.eager_capture import StaticCallables
 from tests.tiny_models import VOCAB, tiny_base
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
 from titans_ds.errors import ConfigError
 from titans_ds.graft.families import layers_of
+from titans_ds.training import checkpoint_files as files
 from titans_ds.training.build import make_module
 from titans_ds.training.engine import TorchEngine
-from titans_ds.training.layer_graphs import graph_layers
+from titans_ds.training.fits import Footprint, check_fits, estimate_bytes
+from titans_ds.training.layer_graphs import LayerGraphs, graph_layers
 from titans_ds.training.module import Mode, run_segment
 from titans_ds.training.optimizer import make_optimizer
 from titans_ds.training.segments import IGNORED, Batch
@@ -68,9 +76,9 @@ def make_engine(
     return TorchEngine(module, make_optimizer(module, OptimizerSettings()), 1.0, DEVICE)
 
 
-def train(engine: TorchEngine, steps: int = 8, **options: Any) -> list[Tensor]:
+def train(engine: TorchEngine, steps: int = 8, lengths: tuple[int, ...] = (12, 12, 8), **options: Any) -> list[Tensor]:
     """Losses and gradients' norms of some steps, held-out passes in between, and the parameters after them."""
-    settings, lanes, carried, found = TrainingSettings(**options), Lanes(), Carried(), []
+    settings, lanes, carried, found = TrainingSettings(**options), Lanes(lengths), Carried(), []
     for step in range(steps):
         passes = run_passes(engine, lanes, carried, settings, 1)
         commit(passes, carried)
@@ -149,8 +157,8 @@ def test_a_capture_that_fails_is_said_once(caplog: pytest.LogCaptureFixture) -> 
     torch.testing.assert_close(found, train(make_engine("qwen2")), atol=1e-5, rtol=1e-4)
     said = [r.message for r in caplog.records if "CUDA graphs" in r.message]
     assert said == [
-        "frozen layers run kernel by kernel from here on, not as CUDA graphs: "
-        "operation not permitted when stream is capturing"
+        "frozen layers run kernel by kernel from here on, not as CUDA graphs: operation not permitted when stream is "
+        "capturing. A run with training.layer_graphs switched off takes less memory"
     ]
 
 
@@ -163,13 +171,68 @@ def test_layers_that_learn_are_left_alone(caplog: pytest.LogCaptureFixture) -> N
     assert make.captures == 0
 
 
+def test_two_tensors_for_one_place_are_not_replayed(caplog: pytest.LogCaptureFixture) -> None:
+    """Layers were given one mask when they were captured, and are given two later."""
+    layers = [nn.Linear(4, 4).requires_grad_(False) for _ in range(2)]
+    for layer in layers:
+        layer.forward = lambda hidden, mask, plain=layer.forward: plain(hidden) * mask
+    plain, make = [layer.forward for layer in layers], StaticCallables()
+    graphs = LayerGraphs(layers, make)
+    for index, layer in enumerate(layers):
+        layer.forward = graphs.wrapped(index)
+    for number in range(4):
+        masks = [torch.full((1, 1, 1), 1.0 + number)] * 2 if number < 3 else [torch.ones(1, 1, 1), -torch.ones(1, 1, 1)]
+        given, found = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(number)), []
+        for functions in (plain, [layer.forward for layer in layers]):
+            x = given.clone().requires_grad_()
+            functions[1](functions[0](x, masks[0]), masks[1]).square().sum().backward()
+            found.append(x.grad)
+        torch.testing.assert_close(found[1], found[0])
+    assert make.forwards == 2 * 2 + 1
+
+
+def test_more_shapes_than_are_captured() -> None:
+    """Nothing is noted of the others."""
+    engine, make = make_engine("qwen2"), StaticCallables()
+    graph_layers(engine.module.model.base_model, make)
+    graphs = inspect.getclosurevars(layers_of(engine.module.model.base_model)[0].forward).nonlocals["self"]
+    lengths = tuple(length for length in range(5, 12) for _ in range(2))
+    train(engine, len(lengths), lengths)
+    assert make.captures == len(graphs._captured) == 4
+    assert graphs._seen == {}
+
+
 @pytest.mark.skipif(GPU, reason="where there is a GPU there is no error")
 def test_without_a_gpu_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="no CUDA GPU"):
         make_engine("qwen2", layer_graphs=True)
 
 
-def test_under_zero3_it_is_refused() -> None:
+@pytest.mark.parametrize("option", ["--training.layer_graphs=true", "--training.compile=mlp"])
+def test_under_zero3_it_is_refused_before_anything_is_loaded(option: str) -> None:
+    config, _ = parse([*ENOUGH, option])
+    with pytest.raises(ConfigError, match="on under ZeRO-3"):
+        check_stage(config, 3)
+    check_stage(config, 2)
+    check_stage(parse(ENOUGH)[0], 3)
+
+
+def test_advice_about_memory_can_be_followed() -> None:
+    """Recomputation and offloading come with the graphs switched off."""
+    run = Footprint(10**9, 10**7, layers=32, hidden=4096, vocab=10**5, rows=8, segment_tokens=4096, layer_graphs=True)
+    assert estimate_bytes(run) > estimate_bytes(dataclasses.replace(run, layer_graphs=False))
+    with pytest.raises(ConfigError, match=r"training\.layer_graphs false and training\.checkpointing true"):
+        check_fits(run, 20 * 2**30)
+
+
+def test_an_export_needs_no_gpu(tmp_path: Path) -> None:
+    text = "model: {base: B}\ndata: {corpus: C}\ngraft: {memory: {dim: 8}}\ntraining: {layer_graphs: true}\n"
+    (tmp_path / files.CONFIG).write_text(text)
+    exported = export_adapter._config(SimpleNamespace(path=tmp_path), None)  # type: ignore[arg-type]
+    assert not exported.training.layer_graphs
+
+
+def test_a_partitioned_base_is_refused() -> None:
     base = tiny_base("qwen2")
     next(base.parameters()).ds_id = 0
     with pytest.raises(ConfigError, match="ZeRO-3"):
@@ -182,8 +245,8 @@ def test_under_zero3_it_is_refused() -> None:
         (["--training.checkpointing=true"], "keeps no activations"),
         (["--training.offload_activations=true"], "can't leave the GPU"),
         (["--model.trainable=all"], "no layer is frozen"),
-        (["--graft.injection=prefix"], "second derivatives"),
-        (["--training.order=second", "--training.window=2", "--training.second_order=window"], "several segments"),
+        (["--graft.injection=prefix"], "graft.injection is 'prefix'"),
+        (["--training.order=second", "--training.window=2", "--training.second_order=window"], "'two_phase' goes"),
     ],
 )
 def test_what_it_does_not_go_with(options: list[str], reason: str) -> None:
@@ -204,7 +267,7 @@ def test_cuda_graphs_of_compiled_layers_in_bf16(
     for layer_graphs in (False, True):
         engine = make_engine(family, dtype=torch.bfloat16, compile="mlp", layer_graphs=layer_graphs)
         with caplog.at_level(logging.WARNING):
-            found.append(train(engine)[:6])
+            found.append(train(engine, lengths=(12, 12, 12, 8, 8, 12))[: -len(list(engine.named_masters()))])
     assert [r.message for r in caplog.records if "CUDA graphs" in r.message] == []
     assert len(captured) == 2
-    torch.testing.assert_close(found[1], found[0], atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(found[1], found[0], atol=2e-2, rtol=2e-2)  # losses and norms of several replays

@@ -32,6 +32,7 @@ class Footprint:
         ranks: number of ranks.
         offload_optimizer: the optimizer's state is elsewhere.
         offload_parameters: so are the parameters.
+        layer_graphs: inputs, outputs and their gradients of frozen layers have places of their own.
     """
 
     parameters: int
@@ -50,6 +51,7 @@ class Footprint:
     ranks: int = 1
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    layer_graphs: bool = False
 
 
 def estimate_bytes(run: Footprint) -> int:
@@ -58,7 +60,7 @@ def estimate_bytes(run: Footprint) -> int:
     gradients = run.trained * run.bytes_per_value / _share(run, 2)
     optimizer = 0 if run.offload_optimizer else run.trained * _MASTER_AND_MOMENTS / _share(run, 1)
     tokens = run.rows * run.segment_tokens * run.segments_in_graph
-    kept = run.layers + _ACTIVATIONS if run.checkpointing else run.layers * _ACTIVATIONS
+    kept = run.layers + _ACTIVATIONS if run.checkpointing else run.layers * (_ACTIVATIONS + 4 * run.layer_graphs)
     if run.offload_activations:  # what one layer works on stays
         tokens, kept = run.rows * run.segment_tokens, _ACTIVATIONS
     activations = tokens * run.hidden * kept * run.bytes_per_value
@@ -81,12 +83,14 @@ def check_fits(run: Footprint, available: int) -> None:
 
 def _ways(run: Footprint) -> list[tuple[str, int]]:
     """Changes to the settings, the mildest first, and what each would need."""
-    small = replace(run, checkpointing=True, rows=1)
+    one_by_one = replace(run, layer_graphs=False)  # which neither of the two goes with
+    off = "training.layer_graphs false and " * run.layer_graphs
+    small = replace(one_by_one, checkpointing=True, rows=1)
     changes = [
-        ("training.checkpointing true", replace(run, checkpointing=True)),
-        ("training.offload_activations true", replace(run, offload_activations=True)),
+        (f"{off}training.checkpointing true", replace(one_by_one, checkpointing=True)),
+        (f"{off}training.offload_activations true", replace(one_by_one, offload_activations=True)),
         (f"data.num_lanes {run.ranks}", replace(run, rows=1)),
-        (f"training.checkpointing true and data.num_lanes {run.ranks}", small),
+        (f"{off}training.checkpointing true and data.num_lanes {run.ranks}", small),
         ("ds_configs/zero3.json with that", replace(small, stage=3)),
         ("ds_configs/zero3_offload_cpu.json with that", _offloaded(small)),
     ]

@@ -5,7 +5,7 @@ a processor takes longer over that than a GPU over the kernels, the GPU waits. L
 memory are captured by torch.cuda.make_graphed_callables, all of them in one order; what lies between runs as before.
 
 What a layer keeps for its backward pass lies in its graph, so a segment has to go back before the next one comes.
-Passes without gradients, and shapes that were not captured, run as before.
+Passes without gradients, on a CPU, and of shapes that were not captured, run as before.
 """
 
 from __future__ import annotations
@@ -51,10 +51,8 @@ def graph_layers(base: nn.Module, make: MakeGraphed | None = None) -> int:
             "training.layer_graphs is on under ZeRO-3, which moves parameters at every pass; switch it off, or use "
             "ZeRO-2"
         )
-    if make is None:
-        if not torch.cuda.is_available():
-            raise ConfigError("training.layer_graphs is on, but there is no CUDA GPU here; switch it off")
-        make = cast(MakeGraphed, torch.cuda.make_graphed_callables)
+    if make is None and not torch.cuda.is_available():
+        raise ConfigError("training.layer_graphs is on, but there is no CUDA GPU here; switch it off")
     layers = [layer for layer in layers_of(base) if _is_frozen(layer)]
     if not layers:
         _LOG.warning("training.layer_graphs is on, but every layer learns something or has a memory: nothing to replay")
@@ -105,12 +103,18 @@ class _Fixed:
     place: Tensor
     last: Tensor | None = None  # what was copied there
     version: int = -1
+    number: int = -1  # of the pass that did it
 
-    def take(self, tensor: Tensor) -> None:
-        """Copy; once for all layers that are given the same tensor."""
-        if self.last is not tensor or self.version != tensor._version:
-            self.place.copy_(tensor)
-            self.last, self.version = tensor, tensor._version
+    def takes(self, tensor: Tensor, number: int) -> bool:
+        """Copy, once for all layers that are given the same tensor; false where one pass has two for one place."""
+        if self.last is tensor and self.version == tensor._version:
+            self.number = number
+            return True
+        if self.number == number:
+            return False
+        self.place.copy_(tensor)
+        self.last, self.version, self.number = tensor, tensor._version, number
+        return True
 
 
 @dataclass
@@ -121,12 +125,12 @@ class _Layer:
     key: Hashable
     fixed: list[_Fixed | None]
 
-    def replay(self, hidden: Tensor, leaves: list[Any]) -> Tensor:
-        """The layer's output, which stays until its next replay."""
-        for fixed, leaf in zip(self.fixed, leaves, strict=True):
-            if fixed is not None:
-                fixed.take(leaf)
-        return self.graphed(hidden)
+    def takes(self, given: _Given, number: int) -> bool:
+        """Whether it can be replayed with these inputs, in the pass of this number; they are in their places then."""
+        if self.key != given.key:
+            return False
+        pairs = zip(self.fixed, given.leaves, strict=True)
+        return all(fixed.takes(leaf, number) for fixed, leaf in pairs if fixed is not None)
 
 
 @dataclass
@@ -135,17 +139,18 @@ class LayerGraphs:
 
     Args:
         layers: frozen ones.
-        make: captures.
+        make: captures; None for PyTorch's, which knows GPUs alone.
     """
 
     layers: list[nn.Module]
-    make: MakeGraphed
+    make: MakeGraphed | None
     _plain: list[Callable[..., Tensor]] = field(init=False)
     _seen: dict[Hashable, dict[int, _Given]] = field(default_factory=dict)  # by what the first layer was given
     _captured: dict[Hashable, list[_Layer]] = field(default_factory=dict)
     _now: list[_Layer] | None = None  # graphs of the pass that runs
     _noting: dict[int, _Given] | None = None  # inputs of the pass that runs
     _places: list[int] = field(default_factory=list)
+    _number: int = 0  # of the pass that runs
     _pool: Any = None
     _off: bool = False
 
@@ -161,8 +166,8 @@ class LayerGraphs:
             given = None if self._off else self._inputs(index, hidden_states, args, kwargs)
             if index == 0:
                 self._begin(given)
-            if given is not None and self._now is not None and self._now[index].key == given.key:
-                return self._now[index].replay(hidden_states, given.leaves)
+            if given is not None and self._now is not None and self._now[index].takes(given, self._number):
+                return self._now[index].graphed(hidden_states)  # whose place it has until the next pass
             if given is not None and self._noting is not None:
                 self._noting[index] = given
             return plain(hidden_states, *args, **kwargs)
@@ -173,7 +178,7 @@ class LayerGraphs:
         """None where a layer has to run as it is: without gradients, in a recomputation, for generation."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
             return None
-        if torch.is_autocast_enabled(hidden.device.type):
+        if torch.is_autocast_enabled(hidden.device.type) or not (hidden.is_cuda or self.make is not None):
             return None
         leaves, spec = pytree.tree_flatten((args, {k: v for k, v in kwargs.items() if k != KEYWORD}))
         kinds = tuple(_kind(leaf, hidden.device) for leaf in leaves)
@@ -185,6 +190,7 @@ class LayerGraphs:
     def _begin(self, given: _Given | None) -> None:
         """A pass through the layers begins."""
         self._now = self._noting = None
+        self._number += 1
         if given is None:
             return
         if self._captured and self._places != self._find_places():
@@ -199,6 +205,8 @@ class LayerGraphs:
             self._now = self._capture([seen[i] for i in range(len(self.layers))])
             if self._now is not None:
                 self._captured[given.key] = self._now
+            if len(self._captured) >= _MOST:
+                self._seen.clear()
         elif len(self._seen) < _MOST_KNOWN:
             self._noting = self._seen.setdefault(given.key, {})
 
@@ -220,7 +228,8 @@ class LayerGraphs:
             with warnings.catch_warnings():
                 # Samples meet two streams, that of warming up and that of the capture: no gradient gathers in them.
                 warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
-                graphed = self.make(functions, samples, pool=self._pool)
+                make = self.make or cast(MakeGraphed, torch.cuda.make_graphed_callables)
+                graphed = make(functions, samples, pool=self._pool)
         except RuntimeError as error:
             if stream is not None:
                 torch.cuda.set_stream(stream)  # which a capture that ends badly doesn't
@@ -234,7 +243,11 @@ class LayerGraphs:
         return [p.data_ptr() for layer in self.layers for p in layer.parameters()]
 
     def _give_up(self, reason: str) -> None:
-        _LOG.warning("frozen layers run kernel by kernel from here on, not as CUDA graphs: %s", reason)
+        _LOG.warning(
+            "frozen layers run kernel by kernel from here on, not as CUDA graphs: %s. A run with training.layer_graphs "
+            "switched off takes less memory",
+            reason,
+        )
         self._off = True
         self._now = self._noting = None
         self._captured.clear()

@@ -347,16 +347,17 @@ class TrainConfig:
 
     def _check_layer_graphs(self) -> None:
         """A layer's activations lie in its graph, until the next segment comes."""
+        training = self.training
         prefix = self.graft is not None and self.graft.injection == "prefix"
         reasons = {
+            "graft.injection is 'prefix', which is written through the base model's second derivatives": prefix,
             "model.trainable is 'all', so that no layer is frozen": self.model.trainable == "all",
-            "training.checkpointing is on, which keeps no activations": self.training.checkpointing,
+            "training.checkpointing is on, which keeps no activations": training.checkpointing,
             "training.offload_activations is on, and a graph's activations can't leave the GPU": (
-                self.training.offload_activations
+                training.offload_activations
             ),
-            "the order and scheme keep several segments, or second derivatives, in one graph": (
-                self.training.scheme in ONE_GRAPH or prefix
-            ),
+            f"training.second_order is {training.second_order!r}, with several segments in one graph ('two_phase' goes "
+            "with it)": training.scheme in ONE_GRAPH,
         }
         for reason, holds in reasons.items():
             _require(not holds, f"training.layer_graphs is on, but {reason}; switch one of the two off")
