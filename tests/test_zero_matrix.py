@@ -40,6 +40,7 @@ def problems_of(case: Case, result: dict[str, Any]) -> list[str]:
         "what SGD did to parameters": not case.sgd or result["worst_move"][0] <= 1e-3,
         "path of losses": result["loss_path"] <= (1e-4 if exact else 2e-2),
         "a path that goes nowhere would agree with anything": case.steps < 20 or result["fell"] > 0.01,
+        "replayed layers": (result["replays"] > 0) == case.layer_graphs,
         "share of optimizer state": least <= result["state_share"] <= most,
     }
     return [f"{case.name}: {name}: {result}" for name, passed in checks.items() if not passed]
@@ -55,7 +56,7 @@ def test_two_ranks_equal_plain_torch(tmp_path: Path) -> None:
     assert loading["partitioned"]
     assert loading["largest_whole"] == 0
     assert 0.5 <= loading["share"] <= 0.51
-    assert len(results) == len(cases()) == 66
+    assert len(results) == len(cases()) == 69
     for stage in range(4):  # what is not finite on one rank stops them all, for that step
         spoilt = results[Case(stage).name]["spoilt"]
         assert spoilt["spoilt"] == {"applied": [False, False], "changed": False}

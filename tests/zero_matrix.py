@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import titans_ds
-from tests.eager_capture import graphed
+from tests.eager_capture import StaticCallables, graphed
 from tests.packed_corpora import random_repos, write_packed
 from tests.tiny_models import tiny_base
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
@@ -26,6 +26,7 @@ from titans_ds.memory_config import named_memory
 from titans_ds.training.build import enable_checkpointing, load_base
 from titans_ds.training.engine import Engine, TorchEngine
 from titans_ds.training.lanes import Lanes
+from titans_ds.training.layer_graphs import graph_layers
 from titans_ds.training.module import TrainingModule
 from titans_ds.training.optimizer import make_optimizer
 from titans_ds.training.packed import open_corpus
@@ -62,6 +63,7 @@ class Case:
     sgd: bool = False
     offload_optimizer: bool = False
     graphs: bool = False
+    layer_graphs: bool = False
 
     @property
     def name(self) -> str:
@@ -102,6 +104,8 @@ def cases() -> list[Case]:
         matrix.append(Case(stage, "second", True, offload=True, sgd=True, accumulation=2))
         matrix.append(Case(stage, "second", second_order="through_base", trainable="all"))
         matrix.append(Case(stage, "second", True, second_order="through_base", offload=True, sgd=True))
+    for stage in (0, 1, 2):
+        matrix.append(Case(stage, "second", sgd=True, layer_graphs=True))
     for stage in (2, 3):
         matrix.append(Case(stage, "second", True, titans_rule=True))
         matrix.append(Case(stage, "second", True, sgd=True, offload_optimizer=True))
@@ -153,7 +157,10 @@ def make_case_optimizer(module: TrainingModule, case: Case) -> SkippableAdamW:
 
 def make_module(case: Case) -> TrainingModule:
     """The same grafted model every time."""
-    base = tiny_base("qwen3_5", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    layers = ["linear_attention", "full_attention"]
+    if case.layer_graphs:
+        layers.reverse()  # gradients go back through the layer without memory
+    base = tiny_base("qwen3_5", num_hidden_layers=2, layer_types=layers)
     torch.manual_seed(1)
     graft = GraftConfig(
         injection=case.injection,  # type: ignore[arg-type]
@@ -299,6 +306,9 @@ def main() -> None:
         module = make_module(case)
         if case.graphs:
             replay_memories(module, partitioned=case.stage == 3)
+        replayed = StaticCallables()
+        if case.layer_graphs:
+            graph_layers(module.model.base_model, replayed)
         config = complete_config(
             {"zero_optimization": {"stage": case.stage, **(OFFLOADED if case.offload_optimizer else {})}},
             rows=LANES // world_size,
@@ -313,6 +323,7 @@ def main() -> None:
         results.append(
             compare(case, references[key], run(engine, make_lanes(corpus, rank, world_size), case, world_size))
         )
+        results[-1]["replays"] = replayed.backwards
         if case == Case(case.stage):
             results[-1]["spoilt"] = spoil_one_rank(engine, make_lanes(corpus, rank, world_size), case, rank)
     if rank == 0:
