@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import titans_ds
 from benchmarks.memory_layer import matmul_rate
 from benchmarks.program import save
-from benchmarks.train_step import RANDOM_BASES, attention_flops, now, peak, reset_peak
+from benchmarks.train_step import RANDOM_BASES, attention_flops, device_name, now, peak, reset_peak
 from eval.decoding import Decoder, DecodeSettings, Job
 from eval.provenance import describe_environment
 from eval.subject import ModelSettings, Subject, load_base, load_tokenizer
@@ -148,7 +148,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     work = Forced(options)
     sizes, first = options.batch_sizes, options.batch_sizes[0]
     report: dict[str, Any] = {"settings": {name: str(value) for name, value in vars(options).items()}, "ways": {}}
-    report |= {"device": _name(work.device), **describe_environment()}
+    report |= {"device": device_name(work.device), **describe_environment()}
     report["matmul_flops_per_second"] = matmul_rate(work.device, next(work.vanilla.base_model.parameters()).dtype)
     report["flops_per_sample"] = work.sample_flops()
 
@@ -260,7 +260,3 @@ def _check_length(made: int, wanted: int) -> None:
 
 def _tokenizer_of(base: str) -> str:
     return str(_TOKENIZER) if base in RANDOM_BASES else base
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

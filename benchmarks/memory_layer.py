@@ -189,7 +189,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
             result[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - before
         result[f"{name}_first_s"] = time.monotonic() - start
         step(backward)
-        if cuda and (pools := _graph_bytes()):
+        if cuda and (pools := sum(s["total_size"] for s in graph_segments())):
             torch.cuda.reset_peak_memory_stats()
             step(backward)
             result[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - before + pools
@@ -197,10 +197,10 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     return result
 
 
-def _graph_bytes() -> int:
-    """Memory that CUDA graphs keep for themselves, which no count of living tensors shows."""
+def graph_segments() -> list[dict[str, Any]]:
+    """The memory that CUDA graphs keep for themselves, which no count of living tensors shows."""
     segments = torch.cuda.memory_snapshot()
-    return sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0))
+    return [s for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)]
 
 
 def worker(channel: Connection, tiny: bool, files: Files, seconds: float) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from benchmarks.program import run, save
-from benchmarks.train_step import LEARNED, RandomLanes, make_engine, model_settings, now, peak, reset_peak
+from benchmarks.train_step import LEARNED, RandomLanes, device_name, make_engine, model_settings, now, peak, reset_peak
 from titans_ds.config import GraftConfig, MemoryConfig
 from titans_ds.memory_config import named_memory
 from titans_ds.training import build
@@ -243,11 +243,10 @@ def _report(
     parameters = [
         sum(p.numel() for p in module.parameters() if p.requires_grad >= trained) for trained in (False, True)
     ]
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     shape = f"{arguments.lanes} x {arguments.tokens} tokens x {arguments.window} files"
     return {
         "model": f"{arguments.base} ({parameters[0] / 1e6:,.1f}M parameters, {parameters[1] / 1e6:,.2f}M trained)",
-        "device": device_name or f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "setting": f"{arguments.dtype}, {shape}, {arguments.memory} memory of dim {_dim(config)}",
         "rows": figures,
         "fla": importlib.util.find_spec("fla") is not None,

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.memory_layer import matmul_rate
+from benchmarks.memory_layer import graph_segments, matmul_rate
 from benchmarks.program import run, save
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
 from titans_ds.training import build
@@ -132,8 +132,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        save(_with_ratios(report), arguments.out)
-    return _with_ratios(report)
+        _add_ratios(report)
+        save(report, arguments.out)
+    return report
 
 
 def measure_model(
@@ -223,8 +224,8 @@ def attention_flops() -> dict[Any, Callable[..., int]]:
     return found
 
 
-def _with_ratios(report: dict[str, Any]) -> dict[str, Any]:
-    """With every row's speed and peak over those with memory off, and its share of the floor."""
+def _add_ratios(report: dict[str, Any]) -> None:
+    """To every row its speed and peak over those with memory off, and its share of the floor."""
     rows, off = report["rows"], report["rows"].get("memory_off", {})
     flops = report.get("flops_per_token")
     for row in rows.values():
@@ -233,7 +234,6 @@ def _with_ratios(report: dict[str, Any]) -> dict[str, Any]:
                 row[f"{name}_over_off"] = row[name] / off[name]
         if flops and "tokens_per_second" in row:
             row["share_of_floor"] = row["tokens_per_second"] * flops / report["matmul_flops_per_second"]
-    return report
 
 
 def table(report: dict[str, Any]) -> str:
@@ -393,9 +393,7 @@ def peak(device: torch.device) -> int:
 
 def graph_bytes() -> int:
     """What CUDA graphs keep for themselves between replays, which no count of living tensors shows."""
-    segments = torch.cuda.memory_snapshot()
-    own = [s for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)]
-    return sum(s["total_size"] - s["allocated_size"] for s in own)
+    return sum(s["total_size"] - s["allocated_size"] for s in graph_segments())
 
 
 if __name__ == "__main__":

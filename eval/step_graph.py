@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from titans_ds.memory.kernels.capture import reason_of
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -52,8 +54,9 @@ class Capture:
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             self.enabled = False
-            reason = str(cause).strip().partition("\n")[0]
-            _LOG.warning("Decode steps cannot be captured as CUDA graphs, and run one kernel at a time: %s", reason)
+            _LOG.warning(
+                "Decode steps cannot be captured as CUDA graphs, and run one kernel at a time: %s", reason_of(error)
+            )
             return None
         return graph
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.test_memory_layer_benchmark import run as run_benchmark
+
 SMALL = ("--cpu", "--lanes", "1", "--tokens", "16", "--dim", "8", "--steps", "1", "--warmup", "1")
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train_step", *SMALL, *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    return run_benchmark("train_step", *SMALL, *options)
 
 
 def test_every_row_is_measured(tmp_path: Path) -> None:

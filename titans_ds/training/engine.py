@@ -76,7 +76,6 @@ class TorchEngine:
         self.optimizer, self.clip = optimizer, clip
         self._module, self._device = module, device
         self._masters: list[tuple[nn.Parameter, nn.Parameter]] = []
-        self._trained = [p for group in optimizer.param_groups for p in group["params"]]
         for group in optimizer.param_groups:
             group["params"] = [self._master(p) for p in group["params"]]
 
@@ -122,7 +121,7 @@ class TorchEngine:
         self.optimizer.prepare(lr, skip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for parameter in self._trained:  # a walk over all modules takes milliseconds, and the device waits
+        for parameter, _ in self._masters:  # a walk over all modules takes milliseconds, and the device waits
             parameter.grad = None
         self._copy_masters()
         return norm, self.optimizer.applied

@@ -25,6 +25,7 @@ from titans_ds.errors import ConfigError
 from titans_ds.graft.call import KEYWORD
 from titans_ds.graft.families import layers_of
 from titans_ds.graft.injection import CHILD
+from titans_ds.memory.kernels.capture import reason_of
 
 _LOG = logging.getLogger(__name__)
 _MOST = 4  # captured shapes; inputs, outputs and their gradients are held once for each
@@ -233,7 +234,7 @@ class LayerGraphs:
         except RuntimeError as error:
             if stream is not None:
                 torch.cuda.set_stream(stream)  # which a capture that ends badly doesn't
-            self._give_up(str(error.__context__ or error).strip().partition("\n")[0])
+            self._give_up(reason_of(error))
             return None
         self._places = self._find_places()
         return [_Layer(g, given.key, places) for g, given, places in zip(graphed, seen, kept, strict=True)]

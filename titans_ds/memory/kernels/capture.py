@@ -68,6 +68,11 @@ def is_used_up(tensor: Tensor) -> bool:
     return kept is not None and not kept(tensor)
 
 
+def reason_of(error: BaseException) -> str:
+    """What made a capture fail, in one line: the error under the one that its end raises."""
+    return str(error.__context__ or error).strip().partition("\n")[0]
+
+
 def num_bytes(like: Sequence[Tensor]) -> int:
     """What buffers of these take in an arena."""
     return sum(-(-t.nbytes // _ALIGNED) * _ALIGNED for t in like)
@@ -116,9 +121,10 @@ class Capture:
 
     def give_up(self, error: BaseException) -> None:
         """Capture nothing more, and say so once."""
-        reason = str(error.__context__ or error).strip().partition("\n")[0]
         if not self.failed:
-            _LOG.warning("memories can't be captured as CUDA graphs, and run one kernel at a time: %s", reason)
+            _LOG.warning(
+                "memories can't be captured as CUDA graphs, and run one kernel at a time: %s", reason_of(error)
+            )
         self.failed = True
 
 
