@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from titans_ds.training import ranks
+from titans_ds.training.build import unloadable
 from titans_ds.training.fits import Footprint, check_fits
 from titans_ds.training.settings import TrainConfig
 from titans_ds.zero.config import zero_stage
@@ -59,7 +60,10 @@ def _base_config(config: TrainConfig) -> Any:
     if config.model.architecture is not None:
         return transformers.AutoConfig.for_model(**config.model.architecture).get_text_config()
     trust = config.model.trust_remote_code
-    return transformers.AutoConfig.from_pretrained(config.model.base, trust_remote_code=trust).get_text_config()
+    try:
+        return transformers.AutoConfig.from_pretrained(config.model.base, trust_remote_code=trust).get_text_config()
+    except Exception as error:
+        raise unloadable(config.model, error) from error
 
 
 def _graft_size(config: TrainConfig, base: Any) -> int:

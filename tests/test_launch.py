@@ -218,7 +218,7 @@ def test_user_errors_reach_the_shell(place: Path) -> None:
         (["--training.steps=few"], "training.steps is few; expected int"),
         (["--config=nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--deepspeed=nowhere.json"], "nowhere.json does not exist; try ds_configs/zero2.json"),
-        (["--model.base=/nowhere/at/all"], "the base model /nowhere/at/all can't be loaded"),
+        (["--model.base=/nowhere/at/all"], "the base model /nowhere/at/all can't be loaded: there is no such folder"),
         (["--model.base=null", '--model.architecture={"model_type": "gpt2"}'], "model type 'gpt2' is not supported"),
         (["--model.base=null", '--model.architecture={"model_type": "nonsense"}'], "can't be loaded: "),
         (["--graft.layers=[1, 9]"], "names layer 9, but this model has layers 0 to 3"),

@@ -37,8 +37,17 @@ def load_base(settings: ModelSettings, seed: int, vocab_size: int) -> nn.Module:
     except TitansError:
         raise
     except Exception as error:
-        source = settings.base or settings.architecture
-        raise ConfigError(f"the base model {source} can't be loaded: {_first_line(error)}") from error
+        raise unloadable(settings, error) from error
+
+
+def unloadable(settings: ModelSettings, error: Exception) -> ConfigError:
+    """What to say where loading the base model, or its configuration, ended in this error."""
+    base = settings.base
+    # A hub id has one slash at most, and starts with a name; transformers would only say that this is none.
+    is_path = base is not None and (base.startswith((".", "/", "~")) or base.count("/") > 1)
+    missing = base is not None and is_path and not Path(base).exists()
+    reason = "there is no such folder; give one, or a hub id" if missing else _first_line(error)
+    return ConfigError(f"the base model {base or settings.architecture} can't be loaded: {reason}")
 
 
 def _pretrained(settings: ModelSettings) -> nn.Module:
