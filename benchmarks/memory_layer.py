@@ -6,11 +6,11 @@
 
 Every row is forward, and forward + backward (gradients of the input and of all that is learned, through the writes),
 medians. The floor is the counted operations (recomputation not counted) over the rate of a bf16 matrix product measured
-first. Peak memory is what a row allocates beyond what was there before it, with what CUDA graphs keep. Ratios are
-taken against the group's fastest row of this project that does the whole work. Rows run in a process of their own that
-is started again after a row that breaks it or runs out of time: an error is a row. Peers: titans-pytorch (pip install
-titans-pytorch), fla (pip install flash-linear-attention), LaCT (--lact PATH of its ttt_operation.py), ttt-lm-pytorch
-(--ttt-lm PATH of its ttt.py).
+first. Peak memory is what a row's third call holds at most beyond what was there before the row, with what CUDA graphs
+keep: compilation and capture are over then. Ratios are taken against the group's fastest row of this project that does
+the whole work. Rows run in a process of their own that is started again after a row that breaks it or runs out of time:
+an error is a row. Peers: titans-pytorch (pip install titans-pytorch), fla (pip install flash-linear-attention), LaCT
+(--lact PATH of its ttt_operation.py), ttt-lm-pytorch (--ttt-lm PATH of its ttt.py).
 """
 
 from __future__ import annotations
@@ -180,27 +180,25 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     for name, backward in (("forward", False), ("both", True)):
         if backward and case.flops[1] == case.flops[0]:
             break
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
         start = time.monotonic()
         step(backward)
         if cuda:
             torch.cuda.synchronize()
-            result[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - before
         result[f"{name}_first_s"] = time.monotonic() - start
         step(backward)
-        if cuda and (pools := sum(s["total_size"] for s in graph_segments())):
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
             step(backward)
-            result[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - before + pools
+            result[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - before + graph_bytes()
         result[f"{name}_ms"] = _median(lambda b=backward: step(b), device, seconds)  # type: ignore[misc]
     return result
 
 
-def graph_segments() -> list[dict[str, Any]]:
-    """The memory that CUDA graphs keep for themselves, which no count of living tensors shows."""
+def graph_bytes() -> int:
+    """What CUDA graphs keep for themselves between replays, which no count of living tensors shows."""
     segments = torch.cuda.memory_snapshot()
-    return [s for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)]
+    pools = [s for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)]
+    return sum(s["total_size"] - s["allocated_size"] for s in pools)
 
 
 def worker(channel: Connection, tiny: bool, files: Files, seconds: float) -> None:

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.memory_layer import graph_segments, matmul_rate
+from benchmarks.memory_layer import graph_bytes, matmul_rate
 from benchmarks.program import run, save
 from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
 from titans_ds.training import build
@@ -389,11 +389,6 @@ def peak(device: torch.device) -> int:
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
-
-
-def graph_bytes() -> int:
-    """What CUDA graphs keep for themselves between replays, which no count of living tensors shows."""
-    return sum(s["total_size"] - s["allocated_size"] for s in graph_segments())
 
 
 if __name__ == "__main__":

@@ -127,18 +127,22 @@ class StaticRows:
         return self._steps[num_slots, capacity]
 
     def _function(self, num_slots: int, capacity: int) -> Any:
-        """The step on the first slots and positions. Nothing in it may wait for the device."""
+        """The step on the first slots and positions. Nothing in it may wait for the device.
+
+        It holds the tensors, not these rows, which would hold each other then and outlive their last user.
+        """
         ids, lengths = self._given[0, :num_slots], self._given[1, :num_slots]
         cache = self._cache.view(num_slots, capacity, lengths)
         memory = None if self._memory is None else self._memory.map(lambda t: t[:num_slots])
+        forward, columns = self._forward, self._columns[:capacity]
+        last, best = self._logits[:num_slots], self._best[:num_slots]
 
         def step() -> None:
-            seen = self._columns[:capacity] <= lengths[:, None]
-            mask = self._forward.attention_mask(seen[:, None, None])
-            given = (ids[:, None], mask, lengths[:, None], cache, memory)
-            logits, _, moved = self._forward(*given, last_only=True)
-            self._logits[:num_slots].copy_(logits[:, -1])
-            torch.argmax(self._logits[:num_slots], dim=-1, out=self._best[:num_slots])
+            seen = columns <= lengths[:, None]
+            mask = forward.attention_mask(seen[:, None, None])
+            logits, _, moved = forward(ids[:, None], mask, lengths[:, None], cache, memory, last_only=True)
+            last.copy_(logits[:, -1])
+            torch.argmax(last, dim=-1, out=best)
             for mine, new in _pairs(memory, moved):
                 if new is not mine:  # the tokens that convolved queries look back at
                     mine.copy_(new)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from titans_ds.memory.kernels.capture import reason_of
+from titans_ds.memory.kernels.capture import no_collection, reason_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,7 +46,10 @@ class Capture:
         """The function's graph; None, and a warning, where it cannot be captured."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with (
+                no_collection(),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 function()
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # which a capture that ends badly doesn't

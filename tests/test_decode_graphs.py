@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import random
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,14 @@ _MEMORIES = {
     "prefix": GraftConfig(injection="prefix"),
     "convolved": GraftConfig(gate_init=3.0, memory=named_memory("titans", dim=16)),
 }
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Python's collection of cycles is off."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="module")
@@ -418,6 +429,18 @@ def test_captured_steps_give_what_growing_ones_give(memory: str | None, tokenize
     assert any(step._graph is not None for step in decoder._slots._steps.values())
     for key, completion in found[0].items():
         assert found[1][key].tokens == completion.tokens
+
+
+@pytest.mark.parametrize("memory", [None, "additive"])
+def test_slots_that_nobody_needs_are_gone_at_once(memory: str | None, tokenizer: Any, uncollected: None) -> None:
+    """Before the next run makes its own, and before a batch is tried again at half its size."""
+    subject = _subject(tokenizer, "qwen2", memory)
+    decoder = _decoder(subject, 4, True)
+    _run(subject, decoder, _jobs(subject))
+    assert decoder.step_shapes
+    slots = weakref.ref(decoder._slots)
+    decoder._slots = None
+    assert slots() is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

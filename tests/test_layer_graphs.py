@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import logging
 from pathlib import Path
@@ -160,6 +161,20 @@ def test_a_capture_that_fails_is_said_once(caplog: pytest.LogCaptureFixture) -> 
         "frozen layers run kernel by kernel from here on, not as CUDA graphs: operation not permitted when stream is "
         "capturing. A run with training.layer_graphs switched off takes less memory"
     ]
+
+
+def test_nothing_is_collected_during_a_capture() -> None:
+    """An older graph destroyed meanwhile would break it."""
+    enabled, engine = [], make_engine("qwen2")
+
+    def make(*args: Any, pool: object) -> Any:
+        enabled.append(gc.isenabled())
+        return StaticCallables()(*args, pool)
+
+    graph_layers(engine.module.model.base_model, make)
+    train(engine, 3, lengths=(12,))
+    assert enabled == [False]
+    assert gc.isenabled()
 
 
 def test_layers_that_learn_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from eval import step_graph
 from tests import test_second_order as windows
 from tests.kernel_memories import CASES, H, memory
 from titans_ds.config import FeatureConfig, MemoryConfig, RuleConfig
 from titans_ds.memory import Access, LayerState, NeuralMemory, graphed, kernels
 from titans_ds.memory.graphed import MemoryGraphs
-from titans_ds.memory.kernels.capture import capture_of
+from titans_ds.memory.kernels.capture import CudaCapture, capture_of
 from titans_ds.training.engine import TorchEngine
 from titans_ds.training.optimizer import make_optimizer
 from titans_ds.training.settings import OptimizerSettings
@@ -181,6 +183,31 @@ def test_training(kind: str) -> None:
             commit(run_passes(engine, files, carried, settings, 1), carried)
         found.append([g for g in engine.gradients(names).values() if g is not None])
     assert error(found[1], found[0]) < 1e-8
+
+
+@pytest.mark.parametrize("recorder", [CudaCapture, step_graph.Capture])
+def test_an_older_graph_in_a_cycle_does_not_break_a_capture(recorder: Callable[[torch.device], Any]) -> None:
+    """Python collects them whenever enough objects were made; no graph can be destroyed while another is captured."""
+    capture, total = recorder(GPU), torch.zeros((), device=GPU)
+    kept: list[Any] = []
+
+    def counts() -> None:
+        if kept:
+            kept[0].append(kept[0])
+            kept.clear()
+        objects: list[Any] = [[] for _ in range(100_000)]
+        total.add_(len(objects))
+
+    for _ in range(3):
+        capture.warm_up(counts)
+        older, newer = (capture.record(counts) for _ in range(2))
+        kept.append([older])
+        del older
+        again = capture.record(counts)  # lets go of the older one
+        assert None not in (newer, again)
+    total.zero_()
+    again() if callable(again) else again.replay()
+    assert total.item() == 100_000
 
 
 def test_memory_comes_back() -> None:

@@ -25,7 +25,7 @@ from titans_ds.errors import ConfigError
 from titans_ds.graft.call import KEYWORD
 from titans_ds.graft.families import layers_of
 from titans_ds.graft.injection import CHILD
-from titans_ds.memory.kernels.capture import reason_of
+from titans_ds.memory.kernels.capture import no_collection, reason_of
 
 _LOG = logging.getLogger(__name__)
 _MOST = 4  # captured shapes; inputs, outputs and their gradients are held once for each
@@ -226,7 +226,7 @@ class LayerGraphs:
         if self._pool is None and stream is not None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            with warnings.catch_warnings():
+            with no_collection(), warnings.catch_warnings():
                 # Samples meet two streams, that of warming up and that of the capture: no gradient gathers in them.
                 warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
                 make = self.make or cast(MakeGraphed, torch.cuda.make_graphed_callables)

@@ -7,6 +7,7 @@ So all graphs share one pool, and their buffers one place, and take turns.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 import weakref
@@ -66,6 +67,18 @@ def is_used_up(tensor: Tensor) -> bool:
     """Whether this backward pass is one of these, and the tensor none of those that are kept."""
     kept = getattr(_pass, "kept", None)
     return kept is not None and not kept(tensor)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Inside, Python collects no cycles: an older graph in one would be destroyed, and break the capture under way."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def reason_of(error: BaseException) -> str:
@@ -171,7 +184,10 @@ class CudaCapture(Capture):
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             # thread_local: other threads (of a data loader, of NCCL) may do meanwhile what a capture forbids.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with (
+                no_collection(),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 function()
         except RuntimeError:
             torch.cuda.set_stream(current)  # which a capture that ends badly doesn't
