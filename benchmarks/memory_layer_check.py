@@ -25,6 +25,7 @@ RULES: dict[str, dict[str, object]] = {
     "gates by chunk": {"optimizer": "momentum", "gate_scope": "chunk", **GATES},
     "plain": {},
     "forgetting": {"forget_gate": 0.01},
+    "one matrix": {"token_step_size": True},  # TTT-Linear's
 }
 WRITE = Access(write=True, graph=True)
 
@@ -32,6 +33,7 @@ WRITE = Access(write=True, graph=True)
 def make(rng: random.Random, semantics: str, rule: str, tiny: bool) -> tuple[NeuralMemory, MemoryConfig]:
     """A memory of random size whose gates are not the neutral ones that it starts with."""
     heads = rng.choice([1, 2, 4])
+    network = {"depth": 1, "residual_norm": True} if rule == "one matrix" else {}
     config = MemoryConfig(
         dim=heads * rng.choice([8, 12] if tiny else [48, 64, 256, 128 if rule == "plain" else 64]),
         heads=heads,
@@ -42,6 +44,7 @@ def make(rng: random.Random, semantics: str, rule: str, tiny: bool) -> tuple[Neu
         output_projection="learned",
         learn_initial_weights=True,
         features=FeatureConfig(activation="silu", normalize_keys=True),
+        **network,  # type: ignore[arg-type]
         rule=RuleConfig(chunk_size=rng.choice([33, 64]), chunk_semantics=semantics, **RULES[rule]),  # type: ignore[arg-type]
     )
     memory = NeuralMemory(256, config, 0)

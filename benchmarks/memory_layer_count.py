@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import sys
 import weakref
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import memory_layer_cases
-from benchmarks.memory_layer_cases import Shape, gradient, layer
+from benchmarks.memory_layer_cases import Shape, gradient, layer, named_layer
 from benchmarks.memory_layer_peers import titans_pytorch
 from titans_ds.memory import graphed, kernels
 from titans_ds.memory.graphed import MemoryGraphs
@@ -140,7 +141,7 @@ def faking(engine: str | None, counter: Counter) -> Iterator[None]:
         narrow = max(keys.shape[3], fast.weights[0].shape[1]) <= kernels.MOST_WIDTH
         return None if engine == "loop" else kernels.Engine(engine == "triton", engine == "triton" and narrow)
 
-    names = ("chunk", "head", "pair", "scan", "span", "wide", "wide_backward")
+    names = ("chunk", "head", "pair", "scan", "single", "span", "wide", "wide_backward")
     modules = [f"titans_ds.memory.kernels.{name}_kernels" for name in names]
     patches = [mock.patch.object(nn.Module, "_apply", _convert)]
     if engine is not None:
@@ -284,6 +285,13 @@ def _rows(shape: Shape) -> Iterator[tuple[str, Callable[[torch.device], Any], st
             yield f"{semantics}, {engine}", make, engine, None
         yield f"{semantics}, triton, as graphs", make, "triton", False
         yield f"{semantics}, triton, as graphs, whole", make, "triton", True
+    small = dataclasses.replace(shape, chunk=min(shape.chunk, 16))
+    if small.dim // small.heads <= kernels.MOST_WIDTH:
+        make = named_layer(small, "ttt_linear")
+        for engine in ("triton", "loop"):
+            yield f"TTT-Linear, chunk {small.chunk}, {engine}", make, engine, None
+        graphs = named_layer(small, "ttt_linear", graphs=True)
+        yield f"TTT-Linear, chunk {small.chunk}, triton, as graphs, whole", graphs, "triton", True
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         yield f"titans-pytorch {name}", titans_pytorch(shape, dtype, False), None, None
 

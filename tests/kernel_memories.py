@@ -26,6 +26,12 @@ CASES = {
     ),
     "huber, residual norm": ({"loss": "huber", "huber_delta": 0.2, "token_step_size": True}, {"residual_norm": True}),
     "linear memory": ({"loss": "dot"}, {"depth": 1}),
+    "linear memory, residual norm": ({"token_step_size": True}, {"depth": 1, "residual_norm": True}),
+    "linear memory, momentum": (MOMENTUM, {"depth": 1}),
+    "linear memory, residual norm, momentum by chunk": (
+        MOMENTUM | {"gate_scope": "chunk"},
+        {"depth": 1, "residual_norm": True},
+    ),
     "hidden scale, shift": (MOMENTUM, {"hidden_scale": 1.5, "token_shift": True, "query_projection": "tied"}),
     "pooled": (MOMENTUM, {"write": "pooled"}),
 }

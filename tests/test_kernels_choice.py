@@ -47,6 +47,35 @@ def test_the_kernels_of_wide_heads_pass(monkeypatch, caplog) -> None:
     assert "PyTorch does it instead" in caplog.text
 
 
+def passes_one_matrix(normed: bool) -> bool:
+    self_check._passes.cache_clear()
+    rule = RuleConfig(chunk_size=9, **CASES["linear memory, momentum"][0])
+    keys = torch.zeros(1, 2, 9, 16, dtype=HALF, device=DEVICE)
+    norm = (torch.ones(1, 1, 16, device=DEVICE), torch.zeros(1, 1, 16, device=DEVICE))
+    inner = Inner(rule, Form(norm=norm if normed else None), torch.ones(1, device=DEVICE), 1)
+    return self_check.passes(keys, Fast((torch.zeros(1, 16, 16, device=DEVICE),)), inner, True)
+
+
+@needs_triton
+@pytest.mark.parametrize("normed", [True, False])
+def test_the_kernels_of_one_matrix_pass(normed, monkeypatch, caplog) -> None:
+    assert passes_one_matrix(normed)
+    assert caplog.text == ""
+    monkeypatch.setattr("titans_ds.memory.kernels.single.LOSSES", {"l2": 1})
+    assert not passes_one_matrix(normed)
+    assert "PyTorch does it instead" in caplog.text
+
+
+@needs_triton
+def test_one_matrix_is_written_by_a_kernel_or_the_loop(monkeypatch) -> None:
+    keys = torch.zeros(1, 3, 4, 16, dtype=HALF, device=DEVICE)
+    fast = Fast((torch.zeros(1, 16, 16, device=DEVICE),))
+    inner = Inner(RuleConfig(chunk_size=4), Form(), torch.ones(1, device=DEVICE), 1)
+    for name, found in (("triton", kernels.Engine(triton=True, fused=True)), ("torch", None), ("loop", None)):
+        with kernels.choice(name):
+            assert kernels.engine(fast, inner, keys) == found
+
+
 @needs_triton
 def test_wide_heads_have_kernels_of_their_own() -> None:
     keys = torch.zeros(1, 3, 4, 256, dtype=HALF, device=DEVICE)

@@ -115,6 +115,29 @@ def test_wide_heads(seed, monkeypatch) -> None:
         assert (left.double() - right).norm() <= 1e-4 * right.norm() + 1e-7, index
 
 
+SINGLE = tuple(case for case in CASES if case.startswith("linear memory"))
+
+
+@needs_triton
+@pytest.mark.parametrize("seed", range(20))
+def test_one_matrix(seed) -> None:
+    """With and without residual norm, at sizes that no tile fits."""
+    rng, (rule, settings) = random.Random(seed), CASES[SINGLE[seed % len(SINGLE)]]
+    heads, tokens, batch = rng.choice([1, 2]), rng.randint(1, 40), rng.choice([1, 2])
+    settings = settings | {"dim": heads * rng.choice([4, 16, 19]), "step_size": 0.1}
+    rule = rule | {"loss": rng.choice(["l2", "dot", "huber"]), "huber_delta": 0.3}
+    made = memory(rule, settings, rng.choice([1, 3, 7, 16, 18]), heads, seed, "chunk").to(DEVICE)
+    h, graph = text(batch, tokens, seed) / 2, seed % 5 != 4
+    mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < 0.7
+    mask[0] = seed % 3 > 0
+    mask = None if seed % 4 == 0 else mask
+    expected = run(made, h, mask, "loop", graph)
+    got = run(made.float(), h.float(), mask, "triton", graph)
+    assert len(got) == len(expected)
+    for index, (left, right) in enumerate(zip(got, expected, strict=True)):
+        assert (left.double() - right).norm() <= 1e-4 * right.norm() + 1e-7, index
+
+
 @pytest.mark.parametrize("kernel", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_a_final_state_that_nothing_follows(kernel, monkeypatch) -> None:
     """The backward then leaves the last chunk's write out."""
@@ -133,9 +156,13 @@ def test_a_final_state_that_nothing_follows(kernel, monkeypatch) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("semantics", "graph"), [("chunk", True), ("chunk", False), ("span", True)])
-def test_half_precision_is_as_near_to_fp64_as_the_loop(semantics, graph) -> None:
-    made = memory(MOMENTUM | {"max_gradient_norm": 0.5}, {"dim": 32}, 16, 2, 3, semantics).to(DEVICE)
+@pytest.mark.parametrize(
+    ("semantics", "graph", "case"),
+    [("chunk", True, "half"), ("chunk", False, "half"), ("span", True, "half"), ("chunk", True, SINGLE[-1])],
+)
+def test_half_precision_is_as_near_to_fp64_as_the_loop(semantics, graph, case) -> None:
+    rule, settings = (CASES | {"half": (MOMENTUM | {"max_gradient_norm": 0.5}, {})})[case]
+    made = memory(rule, settings | {"dim": 32}, 16, 2, 3, semantics).to(DEVICE)
     h = text(2, 40, 1).to(torch.bfloat16 if DEVICE == "cuda" else torch.float16)  # the interpreter has no bf16 products
     exact = run(made, h.double(), None, "loop", graph)
     near, loop = (run(made.float(), h, None, kernel, graph) for kernel in ("triton", "loop"))
@@ -158,6 +185,8 @@ def test_the_loop_is_left_out(kernel, monkeypatch) -> None:
 REFUSED = {
     "muon": ({"optimizer": "muon"}, {}, 4),
     "three matrices": ({}, {"depth": 3}, 4),
+    "one matrix, norm limited": ({"max_gradient_norm": 0.5}, {"depth": 1}, 4),
+    "one matrix, wide": ({}, {"depth": 1, "dim": 256}, 4),
     "wide": ({"max_gradient_norm": 0.5}, {"dim": 256}, 4),
     "long chunks": ({"max_gradient_norm": 0.5}, {}, 200),
 }

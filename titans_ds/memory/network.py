@@ -20,7 +20,7 @@ from torch import Tensor
 Activation = Literal["silu", "linear"]
 Loss = Literal["l2", "dot", "huber"]
 Weights = tuple[Tensor, ...]
-_NORM_EPS = 1e-6
+LAYER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -177,13 +177,13 @@ def finish(z_BTD: Tensor, x_BTD: Tensor, form: Form) -> Tensor:
     if form.norm is None:
         return z_BTD
     scale, bias = (t.to(z_BTD.dtype) for t in form.norm)
-    return x_BTD + scale * F.layer_norm(z_BTD, z_BTD.shape[-1:], eps=_NORM_EPS) + bias
+    return x_BTD + scale * F.layer_norm(z_BTD, z_BTD.shape[-1:], eps=LAYER_NORM_EPS) + bias
 
 
 def _norm_backward(delta_BTD: Tensor, z_BTD: Tensor) -> Tensor:
     """The derivative in z of <delta, LayerNorm(z)>."""
     centred = z_BTD - z_BTD.mean(dim=-1, keepdim=True)
-    inverse_std = (centred.square().mean(dim=-1, keepdim=True) + _NORM_EPS).rsqrt()
+    inverse_std = (centred.square().mean(dim=-1, keepdim=True) + LAYER_NORM_EPS).rsqrt()
     normed = centred * inverse_std
     along = (delta_BTD * normed).mean(dim=-1, keepdim=True)
     return inverse_std * (delta_BTD - delta_BTD.mean(dim=-1, keepdim=True) - normed * along)

@@ -1,8 +1,8 @@
 """`chunk` in two parts: writes that walk over the chunks and hand out the weights that each of them reads, and reads
 that are large batched products.
 
-The writes are a Triton kernel that keeps the fast weights on the chip (chunk_kernels.py), Triton kernels of a product
-each (wide.py), or PyTorch (chunk_torch.py).
+The writes are a Triton kernel that keeps the fast weights on the chip (chunk_kernels.py; for one matrix single.py),
+Triton kernels of a product each (wide.py), or PyTorch (chunk_torch.py).
 Kept for the backward: the inputs, and the weights (and momentum) before every chunk in the dtype of the keys. A long
 text is cut in blocks of chunks, so that without a graph no more than a block's weights exist at a time.
 
@@ -11,7 +11,7 @@ Legend of shape suffixes: N batch x heads, R chunks of C tokens, D width of a he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from titans_ds.memory import network
 from titans_ds.memory.gates import Coefficients
-from titans_ds.memory.kernels import Engine, chunk_torch, wide
+from titans_ds.memory.kernels import Engine, chunk_torch, single, wide
 from titans_ds.memory.kernels.chunk_torch import Inputs
 from titans_ds.memory.kernels.factors import factors
 from titans_ds.memory.kernels.launch import WARPS, four, numbers, options
@@ -110,6 +110,9 @@ def _read_block(
 
 def _read(states: tuple[Tensor, ...], queries_NRCD: Tensor, form: Form, engine: Engine) -> Tensor:
     """f_W of each chunk's queries. Weights first: their derivative then comes out in the layout that writes need."""
+    if len(states) == 1:
+        norm = None if form.norm is None else (form.norm[0].unsqueeze(1), form.norm[1].unsqueeze(1))
+        return network.finish((states[0] @ queries_NRCD.mT).mT, queries_NRCD, replace(form, norm=norm))
     if engine.triton and not engine.fused:
         return WideReads.apply(form, queries_NRCD, *states)  # type: ignore[no-any-return, no-untyped-call]
     hidden = (states[0] @ queries_NRCD.mT).mT
@@ -124,7 +127,11 @@ def _write(
     f = factors(c, finished_NR, inner)
     norm = inner.rule.max_gradient_norm
     momentum = inner.rule.has_momentum
-    plan = Plan(inner.form, norm, momentum, momentum and c.to_momentum is not None, graph, engine)
+    separate = momentum and c.to_momentum is not None
+    if len(fast.weights) == 1:
+        states, new = single.write(fast, pairs, f, inner.form, separate, graph)
+        return (states,), new
+    plan = Plan(inner.form, norm, momentum, separate, graph, engine)
     out = ChunkWrites.apply(  # type: ignore[no-untyped-call]
         plan, pairs.keys, pairs.values, *vars(f).values(), *fast.weights, *fast.momentum
     )

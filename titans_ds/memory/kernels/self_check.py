@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from titans_ds.config import RuleConfig
+from titans_ds.memory.chunks import Work, run
 from titans_ds.memory.gates import GateValues, coefficients
-from titans_ds.memory.kernels import Engine
+from titans_ds.memory.kernels import Engine, choice
 from titans_ds.memory.kernels.capture import used_up
 from titans_ds.memory.kernels.chunk import run_chunk
 from titans_ds.memory.kernels.span import run_span
@@ -44,6 +45,7 @@ class Case:
     form: Form
     rule: str  # RuleConfig's repr: step sizes are a list, which no cache takes
     fused: bool
+    normed: bool  # residual_norm
 
 
 def passes(keys_NRCD: Tensor, fast: Fast, inner: Inner, fused: bool) -> bool:
@@ -52,7 +54,8 @@ def passes(keys_NRCD: Tensor, fast: Fast, inner: Inner, fused: bool) -> bool:
     form = replace(inner.form, norm=None)
     _rules[repr(inner.rule)] = inner.rule
     shapes = tuple((w.shape[1], w.shape[2]) for w in fast.weights)
-    case = Case(keys_NRCD.device, keys_NRCD.dtype, chunk, dim, shapes, form, repr(inner.rule), fused)
+    normed = inner.form.norm is not None and inner.rule.chunk_semantics == "chunk"
+    case = Case(keys_NRCD.device, keys_NRCD.dtype, chunk, dim, shapes, form, repr(inner.rule), fused, normed)
     return _passes(case)
 
 
@@ -104,16 +107,24 @@ def _run(case: Case, dtype: torch.dtype, triton: bool) -> list[Tensor]:
     states = [normal(_ROWS, *s, scale=s[1] ** -0.5) for s in case.shapes]
     states += [normal(_ROWS, *s, scale=0.1 * s[1] ** -0.5) for s in case.shapes if rule.has_momentum]
     logits = {name: normal(*split) for name in rule.token_gates}
-    leaves = [t.requires_grad_() for t in (*tokens, *states, *logits.values())]
+    norm = [1 + 0.1 * normal(_ROWS, 1, case.dim), 0.1 * normal(_ROWS, 1, case.dim)] if case.normed else []
+    leaves = [t.requires_grad_() for t in (*tokens, *states, *logits.values(), *norm)]
     active = torch.ones(split, dtype=torch.bool, device=case.device)
     active[0, -1, case.chunk // 2 :] = False
     finished = torch.ones(split[:2], dtype=torch.bool, device=case.device)
     finished[1, -1] = False
     c = coefficients(GateValues(active, **logits), rule, active.float())
-    inner = Inner(rule, case.form, torch.full((depth,), 0.1, device=case.device), 1)
-    given = (Fast(tuple(states[:depth]), tuple(states[depth:])), Pairs(tokens[0], tokens[1]), c, finished, inner)
-    run = run_span if rule.chunk_semantics == "span" else run_chunk
-    reads, new = run(*given, tokens[2], True, Engine(triton, triton and case.fused))
+    form = replace(case.form, norm=(norm[0], norm[1])) if norm else case.form
+    inner = Inner(rule, form, torch.full((depth,), 0.1, device=case.device), 1)
+    fast, pairs = Fast(tuple(states[:depth]), tuple(states[depth:])), Pairs(tokens[0], tokens[1])
+    if depth == 1 and rule.chunk_semantics == "chunk" and not triton:
+        work = Work(pairs, active, c, finished, _CHUNKS, 0)
+        with choice("loop"):
+            reads, new = run(fast, work, inner, tokens[2], contextlib.nullcontext)
+    else:
+        fast_path = run_span if rule.chunk_semantics == "span" else run_chunk
+        engine = Engine(triton, triton and case.fused)
+        reads, new = fast_path(fast, pairs, c, finished, inner, tokens[2], True, engine)
     outputs = [t for t in (reads, *new.weights, *new.momentum) if t is not None]
     # Random directions: a sum would hide errors that cancel.
     loss = torch.stack([(t.float() * normal(*t.shape)).sum() for t in outputs]).sum()
