@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--lact", type=Path, help="a copy of LaCT's ttt_operation.py")
     parser.add_argument("--ttt-lm", type=Path, help="a copy of ttt-lm-pytorch's ttt.py")
     parser.add_argument("--seconds", type=float, default=0.3, help="time to repeat a measurement for")
-    parser.add_argument("--row-seconds", type=float, default=40, help="give a row up after this time")
+    parser.add_argument("--row-seconds", type=float, default=120, help="give a row up after this time")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a test")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
