@@ -54,6 +54,8 @@ def cases(tiny: bool, files: Files) -> list[Case]:
         rows += _span(Shape(2, 2048, 512, 8, 64))
     for count in heads if tiny else (8, 4, 2, 1):
         rows += _chunk(Shape(*size, count, 4 if tiny else 64), loop=tiny or count in (8, 1))
+    for count in heads:
+        rows += _titans(Shape(*size, count, 4 if tiny else 64))
     rows += _large(Shape(*size, 2, size[1] // 2), files.lact, size[2] // 2 if tiny else _LACT_HIDDEN)
     rows += _ttt(Shape(*size, 2 if tiny else 8, 16), files.ttt_lm)
     for dim in (8, 16) if tiny else (64, 128, 256, 512):
@@ -97,6 +99,15 @@ def _chunk(shape: Shape, loop: bool) -> list[Case]:
             make = layer(shape, "auto", "chunk", warps=warps)
             rows.append(Case(group, f"titans-ds {warps} warps", shape.label, make, flops))
     return rows
+
+
+def _titans(shape: Shape) -> list[Case]:
+    """The shipped rule: gates by token, so that S has sums of its own (not counted), and a limit on the norm."""
+    group, flops = f"layer, titans as shipped, {shape.label}", _both(shape)
+    return [
+        Case(group, name, shape.label, named_layer(shape, "titans", graphs), flops, ours=True)
+        for name, graphs in (("titans-ds", False), ("titans-ds graphs", True))
+    ]
 
 
 def _large(shape: Shape, lact_path: Path | None, hidden: int) -> list[Case]:

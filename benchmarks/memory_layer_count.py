@@ -285,6 +285,10 @@ def _rows(shape: Shape) -> Iterator[tuple[str, Callable[[torch.device], Any], st
             yield f"{semantics}, {engine}", make, engine, None
         yield f"{semantics}, triton, as graphs", make, "triton", False
         yield f"{semantics}, triton, as graphs, whole", make, "triton", True
+    shipped, graphs = (named_layer(shape, "titans", graphs) for graphs in (False, True))
+    for engine in ("triton", "torch", "loop"):
+        yield f"titans as shipped, {engine}", shipped, engine, None
+    yield "titans as shipped, triton, as graphs, whole", graphs, "triton", True
     small = dataclasses.replace(shape, chunk=min(shape.chunk, 16))
     if small.dim // small.heads <= kernels.MOST_WIDTH:
         make = named_layer(small, "ttt_linear")

@@ -18,6 +18,11 @@ CASES = {
     "by chunk": (MOMENTUM | {"gate_scope": "chunk", "reduction": "sum"}, {"step_size": 0.05}),
     "limited": (MOMENTUM | {"max_gradient_norm": 0.05}, {"hidden_dim": 6}),
     "limited by chunk": (MOMENTUM | {"max_gradient_norm": 0.05, "gate_scope": "chunk"}, {}),
+    "limited, constant momentum": (
+        {"optimizer": "momentum", "gate_scope": "chunk", "max_gradient_norm": 0.05},
+        {"activation": "linear"},
+    ),
+    "limited, plain": ({"max_gradient_norm": 0.05}, {}),
     "plain": ({}, {}),
     "forgetting": ({"forget_gate": 0.2}, {"depth": 3}),
     "constant momentum": (

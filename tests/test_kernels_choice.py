@@ -40,6 +40,7 @@ def test_the_kernels_pass(semantics, case, caplog) -> None:
 @needs_triton
 def test_the_kernels_of_wide_heads_pass(monkeypatch, caplog) -> None:
     assert passes("chunk", "constant momentum", fused=False)
+    assert passes("chunk", "limited", fused=False)
     assert passes("span", "titans", fused=False)
     assert caplog.text == ""
     monkeypatch.setattr("titans_ds.memory.kernels.wide.LOSSES", {"l2": 1})

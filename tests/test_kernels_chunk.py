@@ -92,6 +92,11 @@ ODD = (  # chunk size; width of a head, of its hidden layer; heads, batch, token
     ("forgetting", "l2", 70, 7, 12, 1, 1, 72, True),
     ("titans", "dot", 5, 5, 7, 1, 1, 6, True),
     ("hidden scale, shift", "huber", 7, 40, 50, 1, 1, 8, False),
+    ("limited", "l2", 5, 19, 33, 2, 1, 11, True),
+    ("limited by chunk", "huber", 18, 16, 40, 1, 2, 37, True),
+    ("limited, constant momentum", "dot", 33, 70, 7, 1, 1, 66, True),
+    ("limited, plain", "l2", 70, 7, 12, 1, 2, 140, True),
+    ("limited", "l2", 7, 33, 5, 1, 1, 15, False),
 )
 
 
@@ -187,7 +192,6 @@ REFUSED = {
     "three matrices": ({}, {"depth": 3}, 4),
     "one matrix, norm limited": ({"max_gradient_norm": 0.5}, {"depth": 1}, 4),
     "one matrix, wide": ({}, {"depth": 1, "dim": 256}, 4),
-    "wide": ({"max_gradient_norm": 0.5}, {"dim": 256}, 4),
     "long chunks": ({"max_gradient_norm": 0.5}, {}, 200),
 }
 

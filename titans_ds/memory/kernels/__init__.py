@@ -77,7 +77,7 @@ def engine(fast: Fast, inner: Inner, keys_NRCD: Tensor) -> Engine | None:
     one = len(fast.weights) == 1 and not span
     narrow = (two or one) and _narrow(fast, keys_NRCD)
     reason = None if _linear(inner) else "it does one step of sgd or momentum"
-    reason = reason or (None if span else _unable(one, two, narrow, inner)) or _obstacle(keys_NRCD, span)
+    reason = reason or (None if span else _unable(one, two, narrow, keys_NRCD, inner)) or _obstacle(keys_NRCD, span)
     if name == "triton" and reason is not None:
         raise ConfigError(f"TITANS_DS_KERNEL is 'triton', but {reason}. Set it to 'auto'")
     apart = keys_NRCD.dtype == torch.float32 or (_spills(fast) and (span or inner.rule.max_gradient_norm is None))
@@ -101,7 +101,7 @@ def _linear(inner: Inner) -> bool:
     return exact and inner.derived and inner.inner_steps == 1 and inner.rule.optimizer in ("sgd", "momentum")
 
 
-def _unable(one: bool, two: bool, narrow: bool, inner: Inner) -> str | None:
+def _unable(one: bool, two: bool, narrow: bool, keys_NRCD: Tensor, inner: Inner) -> str | None:
     """Why no Triton kernels write `chunk`."""
     if not (one or two):
         return "it does one matrix, or two without residual_norm"
@@ -109,8 +109,8 @@ def _unable(one: bool, two: bool, narrow: bool, inner: Inner) -> str | None:
         return f"it does one matrix in heads of up to {MOST_WIDTH} and chunks of up to {MOST_CHUNK} tokens"
     if one and inner.rule.max_gradient_norm is not None:
         return "it does one matrix without max_gradient_norm"
-    if not narrow and inner.rule.max_gradient_norm is not None:
-        return f"it does max_gradient_norm in heads of up to {MOST_WIDTH} and chunks of up to {MOST_CHUNK} tokens"
+    if keys_NRCD.shape[2] > MOST_CHUNK and inner.rule.max_gradient_norm is not None:
+        return f"it does max_gradient_norm in chunks of up to {MOST_CHUNK} tokens"
     return None
 
 

@@ -151,7 +151,7 @@ class ChunkWrites(torch.autograd.Function):
         if plan.engine.fused:
             _launch_forward(plan, inputs, ends, states)
         elif plan.engine.triton:
-            wide.forward(inputs, plan.form, plan.separate, ends, states)
+            wide.forward(inputs, plan.form, plan.max_gradient_norm, plan.separate, ends, states)
         else:
             chunk_torch.forward(inputs, plan.form, plan.max_gradient_norm, plan.separate, ends, states)
         if plan.save_momentum:
@@ -173,13 +173,12 @@ class ChunkWrites(torch.autograd.Function):
             walked -= 1  # nothing comes back through the last chunk
             for d_end, d in zip(d_ends, d_states, strict=False):
                 d_end.copy_(d[:, walked])
-        found = _places(inputs, walked)
+        found, norm, separate = _places(inputs, walked), plan.max_gradient_norm, plan.separate
         if plan.engine.fused:
             _launch_backward(plan, inputs, states, d_states, found, d_ends)
         elif plan.engine.triton:
-            wide.backward(inputs, plan.form, plan.separate, states, d_states, found, d_ends, walked)
+            wide.backward(inputs, plan.form, norm, separate, states, d_states, found, d_ends, walked)
         else:
-            norm, separate = plan.max_gradient_norm, plan.separate
             chunk_torch.backward(inputs, plan.form, norm, separate, states, d_states, found, d_ends, walked)
         return (None, *_of_use(found, plan), *d_ends)
 

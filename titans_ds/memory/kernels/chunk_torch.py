@@ -176,7 +176,7 @@ class _Backward:
         self.found.values[:, r] = -to_y
         if form.loss == "dot":
             to_y = torch.zeros_like(to_y)
-        to_z = _slope(self.to_x + to_y @ w2, t.z, form) + bent
+        to_z = slope_of(self.to_x + to_y @ w2, t.z, form) + bent
         self.found.keys[:, r] = self.to_keys + to_z @ w1
         d_w2 = t.e.mT @ to_t if form.loss == "dot" else torch.baddbmm(t.e.mT @ to_t, to_y.mT, t.x)
         return to_z.mT @ self.keys, d_w2
@@ -195,10 +195,10 @@ def _trace(w1: Tensor, w2: Tensor, keys: Tensor, values: Tensor, form: Form) -> 
             slope = (e.abs() <= form.huber_delta).to(e.dtype)
             e = e.clamp(-form.huber_delta, form.huber_delta)
     t = e @ w2
-    return _Trace(z, x, e, t, _slope(t, z, form), slope)
+    return _Trace(z, x, e, t, slope_of(t, z, form), slope)
 
 
-def _slope(d: Tensor, z: Tensor, form: Form) -> Tensor:
+def slope_of(d: Tensor, z: Tensor, form: Form) -> Tensor:
     """d h act'(z)."""
     d = d if form.hidden_scale == 1.0 else d * form.hidden_scale
     return torch.ops.aten.silu_backward(d, z) if form.activation == "silu" else d  # type: ignore[no-any-return]
@@ -206,7 +206,7 @@ def _slope(d: Tensor, z: Tensor, form: Form) -> Tensor:
 
 def _through_slope(to_u: Tensor, t: _Trace, form: Form) -> tuple[Tensor, Tensor]:
     """u = t h act'(z): to t, and to z."""
-    to_t = _slope(to_u, t.z, form)
+    to_t = slope_of(to_u, t.z, form)
     if form.activation != "silu":
         return to_t, torch.zeros_like(to_t)
     s = torch.sigmoid(t.z)

@@ -6,22 +6,28 @@
 
 Forward, chunk after chunk, four launches: z and x; e; u; both matrices' sums and their states, in fp32 in place, and
 rounded for the next chunk. Backward: z, x, e and t of all chunks at once, then from the last chunk to the first, four
-launches: to t; to e, the values and y; to x and z; to the keys, and to both matrices' states. No limit on the
-gradient's norm. chunk_torch.py says the same in PyTorch.
+launches: to t; to e, the values and y; to x and z; to the keys, and to both matrices' states.
+
+A limit on the gradient's norm is one launch more each way: |G|^2 is a sum over pairs of tokens, so that no matrix has
+to be there for it, and what it is in u, k, e and x is known for all chunks before the walk back, but for a factor.
+chunk_torch.py says all this in PyTorch.
 
 Legend of shape suffixes: N batch x heads, R chunks of C tokens, D width of a head, H hidden width.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from titans_ds.memory.kernels.chunk_torch import Inputs
+from titans_ds.memory.kernels.chunk_torch import Inputs, slope_of
 from titans_ds.memory.kernels.launch import LOSSES, four, padded
+from titans_ds.memory.kernels.products import wide_product
 from titans_ds.memory.network import Form
+from titans_ds.memory.optimizers import NORM_EPS
 
 _LONG = 512  # tokens of a chunk from which on there are enough tiles to fill a GPU with larger ones
 
@@ -66,13 +72,48 @@ class Walk:
         """Of a chunk's keys, where they stand beside states."""
         return _tiles(self.chunk, self.tile[0]) * _tiles(self.dim, self.side)
 
-    def tokens(self, kernel: Any, width: int, *tensors: object, r: int | None = None) -> None:
+    def tokens(self, kernel: Any, width: int, *tensors: object, r: int | None = None, **more: object) -> None:
         """A program for every tile [C, width] of chunk r, or of all chunks."""
         count = self.num_rows * (self.num_chunks if r is None else 1)
         step, r = (1, 0) if r is None else (self.num_chunks, r)
         kernel[(count * self.tiles(width),)](
             *tensors, step=step, r=r, **self.numbers, BX=self.tile[1], BK=self.tile[2], num_warps=self.warps,
-            num_stages=3,
+            num_stages=3, **more,
+        )  # fmt: skip
+
+    @property
+    def token_tiles(self) -> int:
+        """Of both hidden layer and width, for a chunk's tokens."""
+        return self.tiles(self.hidden) + self.tiles(self.dim)
+
+    def squares(self, *tensors: object, r: int) -> None:
+        """Two programs for every row, one a matrix."""
+        from titans_ds.memory.kernels import wide_kernels
+
+        side = padded(self.chunk)
+        wide_kernels.squares[(2 * self.num_rows,)](
+            *tensors, self.num_chunks, r, C=self.chunk, D=self.dim, H=self.hidden, BT=side, BK=min(64, self.tile[2]),
+            PRECISION=self.numbers["PRECISION"], num_warps=4 if side <= 64 else 8, num_stages=3,
+        )  # fmt: skip
+
+    def moved(
+        self,
+        given: Inputs,
+        x: Tensor,
+        u: Tensor,
+        e: Tensor,
+        directions: tuple[Tensor, ...],
+        shares: Tensor,
+        r: int,
+    ) -> None:
+        """A program for every tile of both matrices' tokens."""
+        from titans_ds.memory.kernels import wide_backward_kernels
+
+        p1, p2, q1, q2 = directions
+        wide_backward_kernels.moved[(self.num_rows * self.token_tiles,)](
+            given.keys, x, u, e, p1, p2, q1, q2, given.a, given.b, shares, self.level, self.num_chunks, r,
+            C=self.chunk, D=self.dim, H=self.hidden, SEPARATE=self.separate, BT=self.tile[0], BX=self.tile[1],
+            BK=self.tile[2], PRECISION=self.numbers["PRECISION"], num_warps=self.warps, num_stages=3,
         )  # fmt: skip
 
     def states(self, kernel: Any, programs: int, *tensors: object, r: int, **more: object) -> None:
@@ -83,7 +124,9 @@ class Walk:
         )  # fmt: skip
 
 
-def forward(given: Inputs, form: Form, separate: bool, ends: list[Tensor], states: list[Tensor]) -> None:
+def forward(
+    given: Inputs, form: Form, max_norm: float | None, separate: bool, ends: list[Tensor], states: list[Tensor]
+) -> None:
     """What `chunk_torch.forward` does."""
     from titans_ds.memory.kernels import wide_kernels
 
@@ -92,19 +135,23 @@ def forward(given: Inputs, form: Form, separate: bool, ends: list[Tensor], state
         state[:, 0] = end
     z, x, e = _scratch(given.keys, walk.hidden, walk.hidden, walk.dim)
     factors = (given.a, given.b, given.keep, given.eta, given.carry)
+    square = None if max_norm is None else given.c.new_empty(walk.num_rows, 2)
     for r in range(walk.num_chunks):
         walk.tokens(wide_kernels.hidden, walk.hidden, given.keys, states[0], z, x, r=r)
         walk.tokens(wide_kernels.errors, walk.dim, x, states[1], given.values, e, r=r)
         walk.tokens(wide_kernels.slopes, walk.hidden, e, states[1], z, r=r)
+        if square is not None:
+            walk.squares(given.keys, x, z, e, given.c, square, r=r)
         walk.states(
             wide_kernels.step_forward, 2 * walk.state_tiles, given.keys, x, z, e, *factors, *four(ends), *four(states),
-            r=r, SAVE_MOMENTUM=len(states) == 4,
+            square, max_norm or 0.0, r=r, LIMIT=square is not None, SAVE_MOMENTUM=len(states) == 4,
         )  # fmt: skip
 
 
 def backward(
     given: Inputs,
     form: Form,
+    max_norm: float | None,
     separate: bool,
     states: list[Tensor],
     d_states: list[Tensor],
@@ -114,7 +161,7 @@ def backward(
 ) -> None:
     """What `chunk_torch.backward` does."""
     walk = Walk(given.keys, states[0].shape[2], form, len(d_ends) == 4, separate)
-    back = _Backward(walk, given, states, d_states, found, d_ends)
+    back = _Backward(walk, given, form, max_norm, states, d_states, found, d_ends)
     for r in reversed(range(walked)):
         back.chunk(r)
     back.add_shares(walked)
@@ -127,6 +174,8 @@ class _Backward:
         self,
         walk: Walk,
         given: Inputs,
+        form: Form,
+        max_norm: float | None,
         states: list[Tensor],
         d_states: list[Tensor],
         found: Inputs,
@@ -138,6 +187,11 @@ class _Backward:
         self.directions = _directions(d_ends, walk, given.keys.dtype)
         self.next = [torch.empty_like(d) for d in self.directions]
         self._trace()
+        self.limit = None
+        if max_norm is not None:
+            u = slope_of(self.t, self.z, form)
+            self.limit = _Limit.of(walk, given, (u, given.keys), (self.e, self.x), max_norm)
+            self.given = self.limit.scaled(given)
         self._make_shares()
 
     def _trace(self) -> None:
@@ -164,23 +218,29 @@ class _Backward:
 
         walk, given, found, w2 = self.walk, self.given, self.found, self.states[1]
         p1, p2, q1, q2 = four(self.directions)
+        if self.limit is not None:
+            walk.moved(given, self.x, self.limit.u, self.e, (p1, p2, q1, q2), self.limit.shares, r)
+        to_u, to_k, to_e, to_x, *factor = (None,) * 6 if self.limit is None else self.limit.places
+        more = {"LIMIT": self.limit is not None, "TILES": walk.token_tiles, "SHARES": padded(walk.token_tiles)}
         (da1, da2), (db1, db2) = self.d_weights[0], self.d_weights[-1]
         ab, level = (given.a, given.b), walk.level
         walk.tokens(
             kernels.slopes_backward, walk.hidden, given.keys, p1, q1, *ab, self.t, self.z, self.d_t, self.d_z, da1, db1,
-            level, r=r,
+            to_u, *factor, level, r=r, **more,
         )  # fmt: skip
         walk.tokens(
             kernels.errors_backward, walk.dim, self.x, p2, q2, *ab, self.e, self.d_t, w2, self.d_y, found.values,
-            da2, db2, level, r=r,
+            da2, db2, to_e, *factor, level, r=r, **more,
         )  # fmt: skip
         walk.tokens(
-            kernels.hidden_backward, walk.hidden, self.e, p2, q2, *ab, self.d_y, w2, self.z, self.d_z, level, r=r
-        )
+            kernels.hidden_backward, walk.hidden, self.e, p2, q2, *ab, self.d_y, w2, self.z, self.d_z, to_x, *factor,
+            level, r=r, **more,
+        )  # fmt: skip
         walk.states(
             kernels.step_backward, 2 * walk.state_tiles + walk.key_tiles, given.keys, self.x, self.t, self.e, *ab,
             given.keep, given.eta, given.carry, self.d_t, self.d_y, self.d_z, *four(self.states), *self.d_states,
-            p1, q1, *four(self.d_ends), *four(self.next), found.keys, self.d_factors, r=r,
+            p1, q1, *four(self.d_ends), *four(self.next), found.keys, self.d_factors,
+            to_k, *factor, r=r, **more,
         )  # fmt: skip
         self.directions, self.next = self.next, self.directions
 
@@ -190,9 +250,77 @@ class _Backward:
         for d, shares in zip((found.a, found.b), self.d_weights, strict=False):
             for level in range(2):
                 torch.sum(shares[level][:, :, :walked], dim=0, out=d[level, :, :walked])
+            if self.limit is not None:
+                d[:, :, :walked] *= self.limit.limit[:, :walked, None]
+        if self.limit is not None:
+            found.c[:, :walked] = self.limit.to_weights(walked)
         factors = (found.keep, found.eta, found.carry)[: 3 if self.walk.momentum else 1]
         for d, share in zip(factors, self.d_factors, strict=False):
             torch.sum(share[:, :, :walked], dim=0, out=d[:, :walked])
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """The factor that brings a chunk's gradient down to a norm, min(max / |G|, 1), and where its derivative leads.
+
+    Args:
+        limit: [N, R].
+        gain: what makes of `shares`, added up, the derivative in |G|^2 / 2; [N, R].
+        shares: takes, by tile, what limited sums are along their directions; [tiles, N, R].
+        u: the first matrix's deltas; for all of these [N, R, C, …].
+        to_u, to_k, to_e, to_x: the derivatives of |G|^2 / 2.
+        to_c: the same, in the weights c [N, R, C].
+    """
+
+    limit: Tensor
+    gain: Tensor
+    shares: Tensor
+    u: Tensor
+    to_u: Tensor
+    to_k: Tensor
+    to_e: Tensor
+    to_x: Tensor
+    to_c: Tensor
+
+    @classmethod
+    def of(
+        cls, walk: Walk, given: Inputs, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], max_norm: float
+    ) -> _Limit:
+        """From the deltas and inputs of both matrices, all chunks at once."""
+        c, pairs = given.c, given.c.unsqueeze(-1) * given.c.unsqueeze(-2)
+        both, found = torch.zeros((), device=c.device), []
+        for delta, x in (first, second):
+            deltas, inputs = _gram(delta, c.dtype), _gram(x, c.dtype)
+            both = both + deltas * inputs
+            found.append(((pairs * inputs).to(x.dtype) @ delta, (pairs * deltas).to(x.dtype) @ x))
+        (to_u, to_k), (to_e, to_x) = found
+        to_c = (both * c.unsqueeze(-2)).sum(dim=-1)
+        square = (to_c * c).sum(dim=-1) + NORM_EPS
+        limit = (max_norm / square.sqrt()).clamp(max=1.0)
+        gain = torch.where(limit < 1, -1 / square, 0.0)
+        shares = c.new_empty(walk.token_tiles, *limit.shape)
+        return cls(limit, gain, shares, first[0], to_u, to_k, to_e, to_x, to_c)
+
+    @property
+    def places(self) -> tuple[Tensor, ...]:
+        """To u, k, e and x; and of what the factor before them is made."""
+        return self.to_u, self.to_k, self.to_e, self.to_x, self.shares, self.gain
+
+    def scaled(self, given: Inputs) -> Inputs:
+        """With the limit in the weights of the tokens."""
+        limit = self.limit.unsqueeze(-1)
+        return replace(given, a=given.a * limit, b=given.b * limit)
+
+    def to_weights(self, walked: int) -> Tensor:
+        """The derivative in c of the chunks that were walked over."""
+        back = self.gain[:, :walked] * self.shares[:, :, :walked].sum(dim=0)
+        return back.unsqueeze(-1) * self.to_c[:, :walked]
+
+
+def _gram(x_NRCD: Tensor, dtype: torch.dtype) -> Tensor:
+    """x x^T of every chunk, [N, R, C, C]."""
+    flat = x_NRCD.flatten(0, 1)
+    return torch.unflatten(wide_product(flat, flat.mT, dtype), 0, x_NRCD.shape[:2])
 
 
 def _directions(d_ends: list[Tensor], walk: Walk, dtype: torch.dtype) -> list[Tensor]:

@@ -25,13 +25,64 @@ from titans_ds.memory.kernels.tile_kernels import (
 )
 
 
+@triton.jit
+def _moved(
+    x_ptr, delta_ptr, p_ptr, q_ptr, a_ptr, b_ptr, row, column,
+    C: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, SEPARATE: tl.constexpr,
+    BT: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile's share of what a weighted sum of gradients (a delta)^T x is along its direction; x [C, IN]."""
+    p = product_right(tl.zeros((BT, BX), tl.float32), x_ptr, p_ptr, row, column, C, OUT, IN, BT, BX, BK, PRECISION)
+    p *= read_row(a_ptr, row, C, BT)[:, None]
+    if SEPARATE:
+        q = product_right(tl.zeros((BT, BX), tl.float32), x_ptr, q_ptr, row, column, C, OUT, IN, BT, BX, BK, PRECISION)
+        p += read_row(b_ptr, row, C, BT)[:, None] * q
+    return tl.sum(tl.sum(p * read(delta_ptr, row, column, C, OUT, BT, BX).to(tl.float32), 1), 0)
+
+
+@triton.jit(do_not_specialize=["level", "step", "r"])
+def moved(
+    k_ptr, x_ptr, u_ptr, e_ptr, p1_ptr, p2_ptr, q1_ptr, q2_ptr, a_ptr, b_ptr, share_ptr, level, step, r,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SEPARATE: tl.constexpr,
+    BT: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What both matrices' sums are along their directions: the derivative in the limit, times the limit, by tile."""
+    down: tl.constexpr = (C + BT - 1) // BT
+    first: tl.constexpr = down * ((H + BX - 1) // BX)
+    tiles: tl.constexpr = first + down * ((D + BX - 1) // BX)
+    n, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    i = n * step + r
+    share_ptr += tile * (level // C) + i
+    if tile < first:
+        row, column = tile // ((H + BX - 1) // BX) * BT, tile % ((H + BX - 1) // BX) * BX
+        share = _moved(
+            k_ptr + i * C * D, u_ptr + i * C * H, p1_ptr + n * H * D, q1_ptr + n * H * D, a_ptr + i * C, b_ptr + i * C,
+            row, column, C, D, H, SEPARATE, BT, BX, BK, PRECISION,
+        )  # fmt: skip
+    else:
+        tile -= first
+        row, column = tile // ((D + BX - 1) // BX) * BT, tile % ((D + BX - 1) // BX) * BX
+        share = _moved(
+            x_ptr + i * C * H, e_ptr + i * C * D, p2_ptr + n * H * D, q2_ptr + n * H * D, a_ptr + level + i * C,
+            b_ptr + level + i * C, row, column, C, H, D, SEPARATE, BT, BX, BK, PRECISION,
+        )  # fmt: skip
+    tl.store(share_ptr, share)
+
+
+@triton.jit
+def _back(share_ptr, gain_ptr, i, stride, TILES: tl.constexpr, SHARES: tl.constexpr):
+    """The derivative in half the gradient's squared norm, from `moved`."""
+    tile = tl.arange(0, SHARES)
+    return tl.load(gain_ptr + i) * tl.sum(tl.load(share_ptr + tile * stride + i, tile < TILES, 0.0), 0)
+
+
 @triton.jit(do_not_specialize=["level", "step", "r"])
 def slopes_backward(
-    k_ptr, p1_ptr, q1_ptr, a_ptr, b_ptr, t_ptr, z_ptr, dt_ptr, dz_ptr, da_ptr, db_ptr,
+    k_ptr, p1_ptr, q1_ptr, a_ptr, b_ptr, t_ptr, z_ptr, dt_ptr, dz_ptr, da_ptr, db_ptr, nu_ptr, share_ptr, gain_ptr,
     level, step, r, scale, huber_delta,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SILU: tl.constexpr, LOSS: tl.constexpr,
     MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr, BT: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, LIMIT: tl.constexpr, TILES: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """From a u k^T to a, and through u = t h act'(z) to t and z; u takes the place of t."""
     n, row, column = place(C, H, BT, BX)
@@ -49,6 +100,9 @@ def slopes_backward(
     if SEPARATE:
         write_row(db_ptr + share, tl.sum(u * q, 1), row, C, BT)
         d_u += read_row(b_ptr + i * C, row, C, BT)[:, None] * q
+    if LIMIT:
+        along = read(nu_ptr + i * C * H, row, column, C, H, BT, BX).to(tl.float32)
+        d_u += _back(share_ptr, gain_ptr, i, level // C, TILES, SHARES) * along
     write(t_ptr + i * C * H, u, row, column, C, H, BT, BX)
     write(dt_ptr + n * C * H, d_u * slope * scale, row, column, C, H, BT, BX)
     write(dz_ptr + n * C * H, d_u * t * bend * scale, row, column, C, H, BT, BX)
@@ -56,11 +110,11 @@ def slopes_backward(
 
 @triton.jit(do_not_specialize=["level", "step", "r"])
 def errors_backward(
-    x_ptr, p2_ptr, q2_ptr, a_ptr, b_ptr, e_ptr, dt_ptr, w2_ptr, dy_ptr, dv_ptr, da_ptr, db_ptr,
-    level, step, r, scale, huber_delta,
+    x_ptr, p2_ptr, q2_ptr, a_ptr, b_ptr, e_ptr, dt_ptr, w2_ptr, dy_ptr, dv_ptr, da_ptr, db_ptr, ne_ptr, share_ptr,
+    gain_ptr, level, step, r, scale, huber_delta,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SILU: tl.constexpr, LOSS: tl.constexpr,
     MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr, BT: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, LIMIT: tl.constexpr, TILES: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """From a e x^T to a, and with t = e W_2 to e, and through the loss to the values and y."""
     n, row, column = place(C, D, BT, BX)
@@ -76,6 +130,9 @@ def errors_backward(
     if SEPARATE:
         write_row(db_ptr + share, tl.sum(e * q, 1), row, C, BT)
         d_e += read_row(b_ptr + level + i * C, row, C, BT)[:, None] * q
+    if LIMIT:
+        along = read(ne_ptr + i * C * D, row, column, C, D, BT, BX).to(tl.float32)
+        d_e += _back(share_ptr, gain_ptr, i, level // C, TILES, SHARES) * along
     d_e = product_right(d_e, dt_ptr + n * C * H, w2_ptr + i * H * D, row, column, C, D, H, BT, BX, BK, PRECISION)
     if LOSS == 2:
         d_e = tl.where(tl.abs(e) < huber_delta, d_e, 0.0)
@@ -86,10 +143,11 @@ def errors_backward(
 
 @triton.jit(do_not_specialize=["level", "step", "r"])
 def hidden_backward(
-    e_ptr, p2_ptr, q2_ptr, a_ptr, b_ptr, dy_ptr, w2_ptr, z_ptr, dz_ptr, level, step, r, scale, huber_delta,
+    e_ptr, p2_ptr, q2_ptr, a_ptr, b_ptr, dy_ptr, w2_ptr, z_ptr, dz_ptr, nx_ptr, share_ptr, gain_ptr,
+    level, step, r, scale, huber_delta,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SILU: tl.constexpr, LOSS: tl.constexpr,
     MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr, BT: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, LIMIT: tl.constexpr, TILES: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """From a e x^T and y = x W_2^T to x, and on top of that in z."""
     n, row, column = place(C, H, BT, BX)
@@ -101,6 +159,9 @@ def hidden_backward(
         p = tl.zeros((BT, BX), tl.float32)
         p = product(p, e_ptr + i * C * D, q2_ptr + n * H * D, row, column, C, H, D, BT, BX, BK, PRECISION)
         d_x += read_row(b_ptr + level + i * C, row, C, BT)[:, None] * p
+    if LIMIT:
+        along = read(nx_ptr + i * C * H, row, column, C, H, BT, BX).to(tl.float32)
+        d_x += _back(share_ptr, gain_ptr, i, level // C, TILES, SHARES) * along
     if LOSS != 1:
         d_x = product(d_x, dy_ptr + n * C * D, w2_ptr + i * H * D, row, column, C, H, D, BT, BX, BK, PRECISION)
     _, slope, _ = _activate(read(z_ptr + i * C * H, row, column, C, H, BT, BX).to(tl.float32), SILU)
@@ -135,8 +196,8 @@ def _step_backward(
 
 @triton.jit
 def _keys_backward(
-    u_ptr, p1_ptr, q1_ptr, a_ptr, b_ptr, dz_ptr, w1_ptr, dk_ptr, row, column,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SEPARATE: tl.constexpr,
+    u_ptr, p1_ptr, q1_ptr, a_ptr, b_ptr, dz_ptr, w1_ptr, dk_ptr, nk_ptr, back, row, column,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SEPARATE: tl.constexpr, LIMIT: tl.constexpr,
     BT: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From a u k^T and z = k W_1^T to a tile of the keys."""
@@ -145,6 +206,8 @@ def _keys_backward(
     if SEPARATE:
         p = product(tl.zeros((BT, BX), tl.float32), u_ptr, q1_ptr, row, column, C, D, H, BT, BX, BK, PRECISION)
         d_k += read_row(b_ptr, row, C, BT)[:, None] * p
+    if LIMIT:
+        d_k += back * read(nk_ptr, row, column, C, D, BT, BX).to(tl.float32)
     d_k = product(d_k, dz_ptr, w1_ptr, row, column, C, D, H, BT, BX, BK, PRECISION)
     write(dk_ptr, d_k, row, column, C, D, BT, BX)
 
@@ -155,11 +218,11 @@ def step_backward(
     dt_ptr, dy_ptr, dz_ptr, w1s_ptr, w2s_ptr, s1s_ptr, s2s_ptr, dw1s_ptr, dw2s_ptr,
     p1_ptr, q1_ptr,  # this chunk's directions of the first matrix
     dw1_ptr, dw2_ptr, ds1_ptr, ds2_ptr,  # after the chunk, and in place before it
-    p1_next_ptr, p2_next_ptr, q1_next_ptr, q2_next_ptr, dk_ptr, share_ptr,
+    p1_next_ptr, p2_next_ptr, q1_next_ptr, q2_next_ptr, dk_ptr, share_ptr, nk_ptr, moved_ptr, gain_ptr,
     level, step, r, scale, huber_delta,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SILU: tl.constexpr, LOSS: tl.constexpr,
     MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr, BT: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, LIMIT: tl.constexpr, TILES: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of the keys, which take longest, before those of the two matrices."""
     across: tl.constexpr = (D + BX - 1) // BX
@@ -171,10 +234,14 @@ def step_backward(
     if pid < num_rows * keys:
         n, row, column = place(C, D, BT, BX)
         i = n * step + r
+        back = 0.0
+        if LIMIT:
+            back = _back(moved_ptr, gain_ptr, i, level // C, TILES, SHARES)
+            nk_ptr += i * C * D
         _keys_backward(
             u_ptr + i * C * H, p1_ptr + n * H * D, q1_ptr + n * H * D, a_ptr + i * C, b_ptr + i * C,
-            dz_ptr + n * C * H, w1s_ptr + i * H * D, dk_ptr + i * C * D, row, column, C, D, H, SEPARATE,
-            BT, BX, BK, PRECISION,
+            dz_ptr + n * C * H, w1s_ptr + i * H * D, dk_ptr + i * C * D, nk_ptr, back, row, column, C, D, H, SEPARATE,
+            LIMIT, BT, BX, BK, PRECISION,
         )  # fmt: skip
     else:
         pid -= num_rows * keys
