@@ -33,6 +33,11 @@ CASES = {
     "linear memory": ({"loss": "dot"}, {"depth": 1}),
     "linear memory, residual norm": ({"token_step_size": True}, {"depth": 1, "residual_norm": True}),
     "linear memory, momentum": (MOMENTUM, {"depth": 1}),
+    "linear memory, limited": (MOMENTUM | {"max_gradient_norm": 0.05}, {"depth": 1}),
+    "linear memory, residual norm, limited": (
+        {"max_gradient_norm": 0.05, "token_step_size": True},
+        {"depth": 1, "residual_norm": True},
+    ),
     "linear memory, residual norm, momentum by chunk": (
         MOMENTUM | {"gate_scope": "chunk"},
         {"depth": 1, "residual_norm": True},

@@ -92,8 +92,8 @@ ODD = (  # chunk size; width of a head, of its hidden layer; heads, batch, token
     ("forgetting", "l2", 70, 7, 12, 1, 1, 72, True),
     ("titans", "dot", 5, 5, 7, 1, 1, 6, True),
     ("hidden scale, shift", "huber", 7, 40, 50, 1, 1, 8, False),
-    ("limited", "l2", 5, 19, 33, 2, 1, 11, True),
-    ("limited by chunk", "huber", 18, 16, 40, 1, 2, 37, True),
+    ("limited", "l2", 5, 19, 33, 1, 1, 11, True),
+    ("limited by chunk", "huber", 18, 16, 40, 1, 1, 19, True),
     ("limited, constant momentum", "dot", 33, 70, 7, 1, 1, 66, True),
     ("limited, plain", "l2", 70, 7, 12, 1, 2, 140, True),
     ("limited", "l2", 7, 33, 5, 1, 1, 15, False),
@@ -124,11 +124,11 @@ SINGLE = tuple(case for case in CASES if case.startswith("linear memory"))
 
 
 @needs_triton
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(18))
 def test_one_matrix(seed) -> None:
     """With and without residual norm, at sizes that no tile fits."""
     rng, (rule, settings) = random.Random(seed), CASES[SINGLE[seed % len(SINGLE)]]
-    heads, tokens, batch = rng.choice([1, 2]), rng.randint(1, 40), rng.choice([1, 2])
+    heads, tokens, batch = rng.choice([1, 2]), rng.randint(1, 21), rng.choice([1, 2])
     settings = settings | {"dim": heads * rng.choice([4, 16, 19]), "step_size": 0.1}
     rule = rule | {"loss": rng.choice(["l2", "dot", "huber"]), "huber_delta": 0.3}
     made = memory(rule, settings, rng.choice([1, 3, 7, 16, 18]), heads, seed, "chunk").to(DEVICE)
@@ -190,7 +190,6 @@ def test_the_loop_is_left_out(kernel, monkeypatch) -> None:
 REFUSED = {
     "muon": ({"optimizer": "muon"}, {}, 4),
     "three matrices": ({}, {"depth": 3}, 4),
-    "one matrix, norm limited": ({"max_gradient_norm": 0.5}, {"depth": 1}, 4),
     "one matrix, wide": ({}, {"depth": 1, "dim": 256}, 4),
     "long chunks": ({"max_gradient_norm": 0.5}, {}, 200),
 }

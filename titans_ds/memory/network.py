@@ -181,9 +181,11 @@ def finish(z_BTD: Tensor, x_BTD: Tensor, form: Form) -> Tensor:
 
 
 def _norm_backward(delta_BTD: Tensor, z_BTD: Tensor) -> Tensor:
-    """The derivative in z of <delta, LayerNorm(z)>."""
+    """The derivative in z of <delta, LayerNorm(z)>; at least in fp32, as the norm's own derivative is."""
+    dtype = delta_BTD.dtype
+    delta_BTD, z_BTD = (t.to(torch.promote_types(dtype, torch.float32)) for t in (delta_BTD, z_BTD))
     centred = z_BTD - z_BTD.mean(dim=-1, keepdim=True)
     inverse_std = (centred.square().mean(dim=-1, keepdim=True) + LAYER_NORM_EPS).rsqrt()
     normed = centred * inverse_std
     along = (delta_BTD * normed).mean(dim=-1, keepdim=True)
-    return inverse_std * (delta_BTD - delta_BTD.mean(dim=-1, keepdim=True) - normed * along)
+    return (inverse_std * (delta_BTD - delta_BTD.mean(dim=-1, keepdim=True) - normed * along)).to(dtype)

@@ -107,8 +107,6 @@ def _unable(one: bool, two: bool, narrow: bool, keys_NRCD: Tensor, inner: Inner)
         return "it does one matrix, or two without residual_norm"
     if one and not narrow:
         return f"it does one matrix in heads of up to {MOST_WIDTH} and chunks of up to {MOST_CHUNK} tokens"
-    if one and inner.rule.max_gradient_norm is not None:
-        return "it does one matrix without max_gradient_norm"
     if keys_NRCD.shape[2] > MOST_CHUNK and inner.rule.max_gradient_norm is not None:
         return f"it does max_gradient_norm in chunks of up to {MOST_CHUNK} tokens"
     return None

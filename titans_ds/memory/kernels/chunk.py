@@ -129,7 +129,7 @@ def _write(
     momentum = inner.rule.has_momentum
     separate = momentum and c.to_momentum is not None
     if len(fast.weights) == 1:
-        states, new = single.write(fast, pairs, f, inner.form, separate, graph)
+        states, new = single.write(fast, pairs, f, inner.form, norm, separate, graph)
         return (states,), new
     plan = Plan(inner.form, norm, momentum, separate, graph, engine)
     out = ChunkWrites.apply(  # type: ignore[no-untyped-call]

@@ -28,12 +28,14 @@ class Plan:
 
     Args:
         form: of f_W and its loss.
+        max_gradient_norm: see RuleConfig.
         momentum: there is an S.
         separate: its gradients are weighted otherwise than those of W.
         graph: keep what the backward needs.
     """
 
     form: Form
+    max_gradient_norm: float | None
     momentum: bool
     separate: bool
     graph: bool
@@ -41,12 +43,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Keys and values [N, R, C, D]; token weights a, b [1, N, R, C]; keep, eta, carry [N, R]; scale, bias [N, D]."""
+    """Keys and values [N, R, C, D]; token weights a, b [1, N, R, C], c [N, R, C]; keep, eta, carry [N, R]; scale, bias
+    [N, D]."""
 
     keys: Tensor
     values: Tensor
     a: Tensor
     b: Tensor
+    c: Tensor
     keep: Tensor
     eta: Tensor
     carry: Tensor
@@ -54,7 +58,9 @@ class _Inputs:
     bias: Tensor
 
 
-def write(fast: Fast, pairs: Pairs, f: Factors, form: Form, separate: bool, graph: bool) -> tuple[Tensor, Fast]:
+def write(
+    fast: Fast, pairs: Pairs, f: Factors, form: Form, max_norm: float | None, separate: bool, graph: bool
+) -> tuple[Tensor, Fast]:
     """Write all chunks.
 
     Args:
@@ -62,6 +68,7 @@ def write(fast: Fast, pairs: Pairs, f: Factors, form: Form, separate: bool, grap
         pairs: of all chunks, [N, R, C, D].
         f: their factors.
         form: of f_W and its loss.
+        max_norm: see RuleConfig.max_gradient_norm.
         separate: S has token weights of its own.
         graph: differentiate through the write.
 
@@ -72,8 +79,8 @@ def write(fast: Fast, pairs: Pairs, f: Factors, form: Form, separate: bool, grap
     norm = [f.keep.new_zeros(1, 1).expand(count, width)] * 2
     if form.norm is not None:
         norm = [t.to(f.keep.dtype).expand(count, 1, width).squeeze(1) for t in form.norm]
-    plan = Plan(form, bool(fast.momentum), separate, graph)
-    inputs = _Inputs(pairs.keys, pairs.values, f.a, f.b, f.keep, f.eta, f.carry, *norm)
+    plan = Plan(form, max_norm, bool(fast.momentum), separate, graph)
+    inputs = _Inputs(pairs.keys, pairs.values, *vars(f).values(), *norm)
     states, *ends = SingleWrites.apply(  # type: ignore[no-untyped-call]
         plan, *vars(inputs).values(), *fast.weights, *fast.momentum
     )
@@ -85,8 +92,8 @@ class SingleWrites(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *given: Tensor) -> tuple[Tensor, ...]:
-        inputs = _Inputs(*(t.contiguous() for t in given[:9]))
-        ends = [t.clone(memory_format=torch.contiguous_format) for t in given[9:]]
+        inputs = _Inputs(*(t.contiguous() for t in given[:10]))
+        ends = [t.clone(memory_format=torch.contiguous_format) for t in given[10:]]
         kept = ends if plan.graph else ends[:1]
         states = [inputs.keys.new_empty(*inputs.keys.shape[:2], *w.shape[1:]) for w in kept]
         _launch_forward(plan, inputs, ends, states)
@@ -101,7 +108,7 @@ class SingleWrites(torch.autograd.Function):
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         saved = ctx.saved_tensors  # once: under activation checkpointing they can't be asked for again
-        inputs, states = _Inputs(*saved[:9]), list(saved[9:])
+        inputs, states = _Inputs(*saved[:10]), list(saved[10:])
         d_states = torch.zeros_like(states[0]) if d_outputs[0] is None else d_outputs[0].contiguous()
         d_ends = [_at_end(d, s, ctx.dtype) for d, s in zip(d_outputs[1:], states, strict=True)]
         found = _Inputs(*(torch.empty_like(t) for t in vars(inputs).values()))
@@ -120,6 +127,7 @@ def _of_use(found: _Inputs, plan: Plan) -> list[Tensor | None]:
     """None in the place of what this rule does not look at, and no kernel has written."""
     unused = set() if plan.separate else {"b"}
     unused |= set() if plan.momentum else {"eta", "carry"}
+    unused |= {"c"} if plan.max_gradient_norm is None else set()
     unused |= {"scale", "bias"} if plan.form.norm is None else set()
     return [None if name in unused else t for name, t in vars(found).items()]
 
@@ -130,7 +138,7 @@ def _launch_forward(plan: Plan, inputs: _Inputs, ends: list[Tensor], states: lis
     num_rows, num_chunks = inputs.keys.shape[:2]
     single_forward[(num_rows,)](
         *vars(inputs).values(), ends[0], ends[-1], states[0], states[-1],
-        num_rows, num_chunks, plan.form.huber_delta, LAYER_NORM_EPS,
+        num_rows, num_chunks, *_numbers(plan),
         SAVE_MOMENTUM=len(states) == 2, **options(plan, inputs.keys, False),
     )  # fmt: skip
 
@@ -143,8 +151,12 @@ def _launch_backward(
     num_rows, num_chunks = inputs.keys.shape[:2]
     single_backward[(num_rows,)](
         *vars(inputs).values(), states[0], states[-1], d_states, *vars(found).values(), d_ends[0], d_ends[-1],
-        num_rows, num_chunks, plan.form.huber_delta, LAYER_NORM_EPS, **options(plan, inputs.keys, True),
+        num_rows, num_chunks, *_numbers(plan), **options(plan, inputs.keys, True),
     )  # fmt: skip
+
+
+def _numbers(plan: Plan) -> tuple[float, float, float]:
+    return plan.max_gradient_norm or 0.0, plan.form.huber_delta, LAYER_NORM_EPS
 
 
 def options(plan: Plan, keys_NRCD: Tensor, backward: bool) -> dict[str, Any]:
@@ -159,6 +171,7 @@ def options(plan: Plan, keys_NRCD: Tensor, backward: bool) -> dict[str, Any]:
         "NORM": plan.form.norm is not None,
         "MOMENTUM": plan.momentum,
         "SEPARATE": plan.separate,
+        "LIMIT": plan.max_gradient_norm is not None,
         "PRECISION": "tf32" if keys_NRCD.dtype != torch.float32 else "ieee",
         "num_warps": WARPS[64 if dim <= 64 else 128][backward],
         "num_stages": 1,

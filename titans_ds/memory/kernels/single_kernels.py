@@ -1,6 +1,6 @@
 """Triton: the writes of `chunk` with one matrix, a program per memory, W on the chip from the first chunk to the last.
 
-f_W(x) is W x, or x + scale LayerNorm(W x) + bias as in TTT-Linear (arXiv 2407.04620). Token weights a, b and the
+f_W(x) is W x, or x + scale LayerNorm(W x) + bias as in TTT-Linear (arXiv 2407.04620). Token weights a, b, c and the
 factors keep, eta, carry are those of chunk_kernels.py; a program walks over its chunks as there. The derivative that a
 gradient is made of, delta = J(n, i) g with n = LayerNorm(z), i = 1 / std(z) and J = i (1 - 11^T / D - n n^T / D), has J
 symmetric; its own derivative in z goes through n and through i.
@@ -47,13 +47,21 @@ def _project(t, n, inverse, D: tl.constexpr):
 
 
 @triton.jit
+def _square(delta, k, weight, max_norm, T: tl.constexpr, PRECISION: tl.constexpr):
+    """The gradient with these weights, the square of its norm, and the factor that limits it."""
+    g = _dot(tl.trans((weight[:, None] * delta).to(T)), k, T, PRECISION)
+    square = tl.sum(tl.sum(g * g, 1), 0) + 1e-12
+    return g, square, tl.minimum(max_norm / tl.sqrt(square), 1.0)
+
+
+@triton.jit
 def single_forward(
-    k_ptr, v_ptr, a_ptr, b_ptr, keep_ptr, eta_ptr, carry_ptr, scale_ptr, bias_ptr,
+    k_ptr, v_ptr, a_ptr, b_ptr, c_ptr, keep_ptr, eta_ptr, carry_ptr, scale_ptr, bias_ptr,
     w_ptr, s_ptr,  # at the start, and in place at the end
     ws_ptr, ss_ptr,  # before every chunk
-    N, R, huber_delta, eps,
+    N, R, max_norm, huber_delta, eps,
     C: tl.constexpr, D: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
-    LOSS: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr,
+    LOSS: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr, LIMIT: tl.constexpr,
     SAVE_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module; grid (N,)."""
@@ -82,13 +90,17 @@ def single_forward(
             delta, _ = _error(z, v, huber_delta, LOSS)
         a = tl.load(a_ptr + i * C + c, c < C, 0.0)[:, None]
         g = _dot(tl.trans((a * delta).to(T)), k, T, PRECISION)
-        w = tl.load(keep_ptr + i) * w + g
+        limit = 1.0
+        if LIMIT:
+            weight = tl.load(c_ptr + i * C + c, c < C, 0.0)
+            _, _, limit = _square(delta, k, weight, max_norm, T, PRECISION)
+        w = tl.load(keep_ptr + i) * w + limit * g
         if MOMENTUM:
             w += tl.load(carry_ptr + i) * s
             if SEPARATE:
                 b = tl.load(b_ptr + i * C + c, c < C, 0.0)[:, None]
                 g = _dot(tl.trans((b * delta).to(T)), k, T, PRECISION)
-            s = tl.load(eta_ptr + i) * s + g
+            s = tl.load(eta_ptr + i) * s + limit * g
     _store(w_ptr + n * D * D, w, d, d, D, D)
     if MOMENTUM:
         _store(s_ptr + n * D * D, s, d, d, D, D)
@@ -96,13 +108,14 @@ def single_forward(
 
 @triton.jit
 def single_backward(
-    k_ptr, v_ptr, a_ptr, b_ptr, keep_ptr, eta_ptr, carry_ptr, scale_ptr, bias_ptr,
+    k_ptr, v_ptr, a_ptr, b_ptr, c_ptr, keep_ptr, eta_ptr, carry_ptr, scale_ptr, bias_ptr,
     ws_ptr, ss_ptr, dws_ptr,
-    dk_ptr, dv_ptr, da_ptr, db_ptr, dkeep_ptr, deta_ptr, dcarry_ptr, dscale_ptr, dbias_ptr,
+    dk_ptr, dv_ptr, da_ptr, db_ptr, dc_ptr, dkeep_ptr, deta_ptr, dcarry_ptr, dscale_ptr, dbias_ptr,
     dw_ptr, ds_ptr,  # at the end, and in place at the start
-    N, R, huber_delta, eps,
+    N, R, max_norm, huber_delta, eps,
     C: tl.constexpr, D: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
-    LOSS: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr, PRECISION: tl.constexpr,
+    LOSS: tl.constexpr, NORM: tl.constexpr, MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr, LIMIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module; grid (N,)."""
     n = tl.program_id(0).to(tl.int64)
@@ -134,13 +147,26 @@ def single_backward(
         direction = dw
         if MOMENTUM and not SEPARATE:
             direction = dw + ds
-        d_delta, d_k, d_a = _sum_backward(k, delta, a, direction, T, PRECISION)
+        limit = 1.0
+        if LIMIT:
+            weight = tl.load(c_ptr + i * C + c, c < C, 0.0)
+            gradient, square, limit = _square(delta, k, weight, max_norm, T, PRECISION)
+        d_delta, d_k, d_a = _sum_backward(k, delta, a, limit * direction, T, PRECISION)
         tl.store(da_ptr + i * C + c, d_a, c < C)
+        if LIMIT:
+            moved = tl.sum(a * d_a[:, None])  # limit times its derivative
         if SEPARATE:
             b = tl.load(b_ptr + i * C + c, c < C, 0.0)[:, None]
-            m_delta, m_k, d_b = _sum_backward(k, delta, b, ds, T, PRECISION)
+            m_delta, m_k, d_b = _sum_backward(k, delta, b, limit * ds, T, PRECISION)
             d_delta, d_k = d_delta + m_delta, d_k + m_k
             tl.store(db_ptr + i * C + c, d_b, c < C)
+            if LIMIT:
+                moved += tl.sum(b * d_b[:, None])
+        if LIMIT:
+            back = tl.where(limit < 1.0, -moved / square, 0.0)
+            m_delta, m_k, d_c = _sum_backward(k, delta, weight[:, None], back * gradient, T, PRECISION)
+            d_delta, d_k = d_delta + m_delta, d_k + m_k
+            tl.store(dc_ptr + i * C + c, d_c, c < C)
         # Through delta = J g, g = scale e, e(y - v), y = k + scale n + bias, n = LayerNorm(z), z = k W^T.
         d_e = d_delta
         if NORM:
