@@ -103,10 +103,14 @@ def _chunk(shape: Shape, loop: bool) -> list[Case]:
 
 def _titans(shape: Shape) -> list[Case]:
     """The shipped rule: gates by token, so that S has sums of its own (not counted), and a limit on the norm."""
-    group, flops = f"layer, titans as shipped, {shape.label}", _both(shape)
+    return _named(f"layer, titans as shipped, {shape.label}", shape, "titans", _both(shape))
+
+
+def _named(group: str, shape: Shape, name: str, flops: tuple[float, float]) -> list[Case]:
+    """A memory of a known name, with and without graphs."""
     return [
-        Case(group, name, shape.label, named_layer(shape, "titans", graphs), flops, ours=True)
-        for name, graphs in (("titans-ds", False), ("titans-ds graphs", True))
+        Case(group, row, shape.label, named_layer(shape, name, graphs), flops, ours=True)
+        for row, graphs in (("titans-ds", False), ("titans-ds graphs", True))
     ]
 
 
@@ -135,8 +139,7 @@ def _ttt(shape: Shape, ttt_lm_path: Path | None) -> list[Case]:
     rows = [Case(group, "fla TTT-Linear", shape.label, ttt_linear(shape), flops)]
     whole = products + 4 * 2.0 * shape.batch * shape.tokens * shape.dim**2
     group, flops = f"layer, TTT-Linear, {shape.label}", (whole, 3 * whole)
-    for name, graphs in (("titans-ds", False), ("titans-ds graphs", True)):
-        rows.append(Case(group, name, shape.label, named_layer(shape, "ttt_linear", graphs), flops, ours=True))
+    rows += _named(group, shape, "ttt_linear", flops)
     if ttt_lm_path is not None:
         rows.append(Case(group, "ttt-lm-pytorch", shape.label, ttt_lm(ttt_lm_path, shape), flops))
     return rows

@@ -290,7 +290,7 @@ def _rows(shape: Shape) -> Iterator[tuple[str, Callable[[torch.device], Any], st
         yield f"titans as shipped, {engine}", shipped, engine, None
     yield "titans as shipped, triton, as graphs, whole", graphs, "triton", True
     small = dataclasses.replace(shape, chunk=min(shape.chunk, 16))
-    if small.dim // small.heads <= kernels.MOST_WIDTH:
+    if small.head_dim <= kernels.MOST_WIDTH:
         make = named_layer(small, "ttt_linear")
         for engine in ("triton", "loop"):
             yield f"TTT-Linear, chunk {small.chunk}, {engine}", make, engine, None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from titans_ds.memory.kernels.capture import no_collection, reason_of
+from titans_ds.memory.kernels.capture import aside, captured, reason_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,23 +36,13 @@ class Capture:
 
     def warm_up(self, function: Callable[[], None]) -> None:
         """Run on the side stream, where captures are made."""
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            function()
-        current.wait_stream(self._stream)
+        aside(function, self._stream)
 
     def record(self, function: Callable[[], None]) -> Any:
         """The function's graph; None, and a warning, where it cannot be captured."""
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            with (
-                no_collection(),
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                function()
+            return captured(function, self._stream, self._pool)
         except RuntimeError as error:
-            torch.cuda.set_stream(current)  # which a capture that ends badly doesn't
             cause = error.__context__ or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
@@ -61,7 +51,6 @@ class Capture:
                 "Decode steps cannot be captured as CUDA graphs, and run one kernel at a time: %s", reason_of(error)
             )
             return None
-        return graph
 
 
 class CapturedFunction:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import random
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from eval.subject import Subject
 from tests.test_eval_generation import VOCAB, byte_level_tokenizer
 from tests.tiny_models import tiny_base
 from titans_ds import GraftConfig, MemoryConfig
+from titans_ds.memory.kernels.capture import no_collection
 from titans_ds.memory_config import named_memory
 
 _CODE = "def get_value(self):\n    return self.get_total(values)\nclass Total:\n    def add(self, other.values):\n"
@@ -43,14 +42,6 @@ _MEMORIES = {
     "prefix": GraftConfig(injection="prefix"),
     "convolved": GraftConfig(gate_init=3.0, memory=named_memory("titans", dim=16)),
 }
-
-
-@pytest.fixture
-def uncollected() -> Iterator[None]:
-    """Python's collection of cycles is off."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.fixture(scope="module")
@@ -432,15 +423,16 @@ def test_captured_steps_give_what_growing_ones_give(memory: str | None, tokenize
 
 
 @pytest.mark.parametrize("memory", [None, "additive"])
-def test_slots_that_nobody_needs_are_gone_at_once(memory: str | None, tokenizer: Any, uncollected: None) -> None:
+def test_slots_that_nobody_needs_are_gone_at_once(memory: str | None, tokenizer: Any) -> None:
     """Before the next run makes its own, and before a batch is tried again at half its size."""
     subject = _subject(tokenizer, "qwen2", memory)
     decoder = _decoder(subject, 4, True)
-    _run(subject, decoder, _jobs(subject))
-    assert decoder.step_shapes
-    slots = weakref.ref(decoder._slots)
-    decoder._slots = None
-    assert slots() is None
+    with no_collection():
+        _run(subject, decoder, _jobs(subject))
+        assert decoder.step_shapes
+        slots = weakref.ref(decoder._slots)
+        decoder._slots = None
+        assert slots() is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

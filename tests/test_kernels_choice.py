@@ -62,7 +62,7 @@ def passes_one_matrix(normed: bool) -> bool:
 def test_the_kernels_of_one_matrix_pass(normed, monkeypatch, caplog) -> None:
     assert passes_one_matrix(normed)
     assert caplog.text == ""
-    monkeypatch.setattr("titans_ds.memory.kernels.single.LOSSES", {"l2": 1})
+    monkeypatch.setattr("titans_ds.memory.kernels.launch.LOSSES", {"l2": 1})
     assert not passes_one_matrix(normed)
     assert "PyTorch does it instead" in caplog.text
 

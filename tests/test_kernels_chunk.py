@@ -11,7 +11,7 @@ import torch
 
 from tests.kernel_memories import CASES, MOMENTUM, H, memory, run
 from titans_ds.errors import ConfigError
-from titans_ds.memory import Access, kernels
+from titans_ds.memory import Access, NeuralMemory, kernels
 from titans_ds.memory.kernels import chunk
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install triton)")
@@ -21,6 +21,22 @@ SUPPORTED = ("titans", "by chunk", "limited", "limited by chunk", "plain", "cons
 
 def text(batch: int, tokens: int, seed: int) -> torch.Tensor:
     return torch.randn(batch, tokens, H, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
+
+
+def some(batch: int, tokens: int, seed: int) -> torch.Tensor | None:
+    """Which tokens are written; None: all of them."""
+    mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < 0.7
+    mask[0] = seed % 3 > 0  # nothing to write, or everything
+    return None if seed % 4 == 0 else mask
+
+
+def check_triton(made: NeuralMemory, h: torch.Tensor, mask: torch.Tensor | None, graph: bool) -> None:
+    """In fp32, against the loop in fp64."""
+    expected = run(made, h, mask, "loop", graph)
+    got = run(made.float(), h.float(), mask, "triton", graph)
+    assert len(got) == len(expected)
+    for index, (left, right) in enumerate(zip(got, expected, strict=True)):
+        assert (left.double() - right).norm() <= 1e-4 * right.norm() + 1e-7, index
 
 
 @pytest.mark.parametrize("graph", [True, False])
@@ -51,14 +67,7 @@ def test_random_shapes(seed) -> None:
         rule = rule | {"loss": rng.choice(["dot", "huber"]), "huber_delta": 0.3}
     made = memory(rule, settings, rng.choice([1, 3, 7, 16, 18]), heads, seed, semantics).to(DEVICE)
     h, graph = text(batch, tokens, seed) / 2, seed % 5 != 4  # twice as large, seed 12 diverges, and rounding with it
-    mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < 0.7
-    mask[0] = seed % 3 > 0  # nothing to write, or everything
-    mask = None if seed % 4 == 0 else mask
-    expected = run(made, h, mask, "loop", graph)
-    got = run(made.float(), h.float(), mask, "triton", graph)
-    assert len(got) == len(expected)
-    for index, (left, right) in enumerate(zip(got, expected, strict=True)):
-        assert (left.double() - right).norm() <= 1e-4 * right.norm() + 1e-7, index
+    check_triton(made, h, some(batch, tokens, seed), graph)
 
 
 WIDE = ("titans", "by chunk", "plain", "constant momentum", "hidden scale, shift")
@@ -77,11 +86,7 @@ def test_span_of_wide_heads(seed, monkeypatch) -> None:
     monkeypatch.setattr("titans_ds.memory.kernels.span._LEAST_CHUNKS", rng.choice([2, 64]))
     monkeypatch.setattr("titans_ds.memory.kernels.span._BLOCK_BYTES", 1)
     h = text(rng.choice([1, 2]), rng.randint(1, 21), seed)
-    expected = run(made, h, None, "loop", seed != 4)
-    got = run(made.float(), h.float(), None, "triton", seed != 4)
-    assert len(got) == len(expected)
-    for index, (left, right) in enumerate(zip(got, expected, strict=True)):
-        assert (left.double() - right).norm() <= 1e-4 * right.norm() + 1e-7, index
+    check_triton(made, h, None, seed != 4)
 
 
 ODD = (  # chunk size; width of a head, of its hidden layer; heads, batch, tokens, graph
@@ -113,11 +118,7 @@ def test_wide_heads(seed, monkeypatch) -> None:
     h, mask = text(batch, tokens, seed), None
     if seed < 2:
         mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < 0.8
-    expected = run(made, h, mask, "loop", graph)
-    got = run(made.float(), h.float(), mask, "triton", graph)
-    assert len(got) == len(expected)
-    for index, (left, right) in enumerate(zip(got, expected, strict=True)):
-        assert (left.double() - right).norm() <= 1e-4 * right.norm() + 1e-7, index
+    check_triton(made, h, mask, graph)
 
 
 SINGLE = tuple(case for case in CASES if case.startswith("linear memory"))
@@ -133,14 +134,7 @@ def test_one_matrix(seed) -> None:
     rule = rule | {"loss": rng.choice(["l2", "dot", "huber"]), "huber_delta": 0.3}
     made = memory(rule, settings, rng.choice([1, 3, 7, 16, 18]), heads, seed, "chunk").to(DEVICE)
     h, graph = text(batch, tokens, seed) / 2, seed % 5 != 4
-    mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)).to(DEVICE) < 0.7
-    mask[0] = seed % 3 > 0
-    mask = None if seed % 4 == 0 else mask
-    expected = run(made, h, mask, "loop", graph)
-    got = run(made.float(), h.float(), mask, "triton", graph)
-    assert len(got) == len(expected)
-    for index, (left, right) in enumerate(zip(got, expected, strict=True)):
-        assert (left.double() - right).norm() <= 1e-4 * right.norm() + 1e-7, index
+    check_triton(made, h, some(batch, tokens, seed), graph)
 
 
 @pytest.mark.parametrize("kernel", ["torch", pytest.param("triton", marks=needs_triton)])

@@ -81,6 +81,31 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def aside(function: Callable[[], None], stream: Any) -> None:
+    """Run on the side stream where captures are made: kernels compile, libraries take their workspaces."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        function()
+    current.wait_stream(stream)
+
+
+def captured(function: Callable[[], None], stream: Any, pool: Any) -> Any:
+    """The function's CUDA graph, from this side stream. Raises RuntimeError where it can't be captured."""
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(stream.device)
+    try:
+        # thread_local: other threads (of a data loader, of NCCL) may do meanwhile what a capture forbids.
+        with (
+            no_collection(),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            function()
+    except RuntimeError:
+        torch.cuda.set_stream(current)  # which a capture that ends badly doesn't
+        raise
+    return graph
+
+
 def reason_of(error: BaseException) -> str:
     """What made a capture fail, in one line: the error under the one that its end raises."""
     return str(error.__context__ or error).strip().partition("\n")[0]
@@ -173,25 +198,11 @@ class CudaCapture(Capture):
 
     def warm_up(self, function: Callable[[], None]) -> None:
         """On the side stream."""
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            function()
-        current.wait_stream(self._stream)
+        aside(function, self._stream)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph's replay."""
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        try:
-            # thread_local: other threads (of a data loader, of NCCL) may do meanwhile what a capture forbids.
-            with (
-                no_collection(),
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                function()
-        except RuntimeError:
-            torch.cuda.set_stream(current)  # which a capture that ends badly doesn't
-            raise
+        graph = captured(function, self._stream, self._pool)
         self._first = self._first or graph
         replay: Callable[[], None] = graph.replay
         return replay

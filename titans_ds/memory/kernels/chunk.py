@@ -11,7 +11,7 @@ Legend of shape suffixes: N batch x heads, R chunks of C tokens, D width of a he
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,36 +21,15 @@ from torch import Tensor
 from titans_ds.memory import network
 from titans_ds.memory.gates import Coefficients
 from titans_ds.memory.kernels import Engine, chunk_torch, single, wide
-from titans_ds.memory.kernels.chunk_torch import Inputs
 from titans_ds.memory.kernels.factors import factors
 from titans_ds.memory.kernels.launch import WARPS, four, numbers, options
 from titans_ds.memory.kernels.wide_reads import WideReads
+from titans_ds.memory.kernels.writes import Inputs, Plan, at_end, of_use, or_zeros
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import Fast
 from titans_ds.memory.rule import Inner, Pairs
 
 _BLOCK_BYTES = 256 * 2**20  # of the weights before the chunks of a block
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What does not depend on the data.
-
-    Args:
-        form: of f_W and its loss.
-        max_gradient_norm: see RuleConfig.
-        momentum: there is an S.
-        separate: its gradients are weighted otherwise than those of W.
-        save_momentum: keep S of every chunk for the backward.
-        engine: what writes.
-    """
-
-    form: Form
-    max_gradient_norm: float | None
-    momentum: bool
-    separate: bool
-    save_momentum: bool
-    engine: Engine
 
 
 def run_chunk(
@@ -127,11 +106,9 @@ def _write(
     f = factors(c, finished_NR, inner)
     norm = inner.rule.max_gradient_norm
     momentum = inner.rule.has_momentum
-    separate = momentum and c.to_momentum is not None
+    plan = Plan(inner.form, norm, momentum, momentum and c.to_momentum is not None, graph, engine)
     if len(fast.weights) == 1:
-        states, new = single.write(fast, pairs, f, inner.form, norm, separate, graph)
-        return (states,), new
-    plan = Plan(inner.form, norm, momentum, separate, graph, engine)
+        return single.write(plan, fast, pairs, f)
     out = ChunkWrites.apply(  # type: ignore[no-untyped-call]
         plan, pairs.keys, pairs.values, *vars(f).values(), *fast.weights, *fast.momentum
     )
@@ -147,14 +124,14 @@ class ChunkWrites(torch.autograd.Function):
         inputs = Inputs(*(t.contiguous() for t in given[:8]))
         ends = [t.clone(memory_format=torch.contiguous_format) for t in given[8:]]
         shape = inputs.keys.shape[:2]
-        states = [inputs.keys.new_empty(*shape, *w.shape[1:]) for w in ends[: 4 if plan.save_momentum else 2]]
+        states = [inputs.keys.new_empty(*shape, *w.shape[1:]) for w in ends[: 4 if plan.graph else 2]]
         if plan.engine.fused:
             _launch_forward(plan, inputs, ends, states)
         elif plan.engine.triton:
             wide.forward(inputs, plan.form, plan.max_gradient_norm, plan.separate, ends, states)
         else:
             chunk_torch.forward(inputs, plan.form, plan.max_gradient_norm, plan.separate, ends, states)
-        if plan.save_momentum:
+        if plan.graph:
             ctx.plan, ctx.dtype = plan, ends[0].dtype
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*vars(inputs).values(), *states)
@@ -166,8 +143,8 @@ class ChunkWrites(torch.autograd.Function):
         plan: Plan = ctx.plan
         saved = ctx.saved_tensors  # once: under activation checkpointing they can't be asked for again
         inputs, states = Inputs(*saved[:8]), list(saved[8:])
-        d_states = [_or_zeros(d, s) for d, s in zip(d_outputs[:2], states, strict=False)]
-        d_ends = [_at_end(d, s, ctx.dtype) for d, s in zip(d_outputs[2:], states, strict=True)]
+        d_states = [or_zeros(d, s) for d, s in zip(d_outputs[:2], states, strict=False)]
+        d_ends = [at_end(d, s, ctx.dtype) for d, s in zip(d_outputs[2:], states, strict=True)]
         walked = inputs.num_chunks
         if not plan.engine.fused and all(d is None for d in d_outputs[2:]):
             walked -= 1  # nothing comes back through the last chunk
@@ -180,18 +157,7 @@ class ChunkWrites(torch.autograd.Function):
             wide.backward(inputs, plan.form, norm, separate, states, d_states, found, d_ends, walked)
         else:
             chunk_torch.backward(inputs, plan.form, norm, separate, states, d_states, found, d_ends, walked)
-        return (None, *_of_use(found, plan), *d_ends)
-
-
-def _or_zeros(d: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if d is None else d.contiguous()
-
-
-def _at_end(d: Tensor | None, states: Tensor, dtype: torch.dtype) -> Tensor:
-    """The derivative in W or S at the end, to be moved back in place."""
-    if d is None:
-        return states.new_zeros(states.shape[:1] + states.shape[2:], dtype=dtype)
-    return d.clone(memory_format=torch.contiguous_format)
+        return (None, *of_use(found, plan), *d_ends)
 
 
 def _places(inputs: Inputs, walked: int) -> Inputs:
@@ -200,14 +166,6 @@ def _places(inputs: Inputs, walked: int) -> Inputs:
     for t in found:
         t[:, walked:].zero_()
     return Inputs(*found, *(torch.zeros_like(t) for t in list(vars(inputs).values())[2:]))
-
-
-def _of_use(found: Inputs, plan: Plan) -> list[Tensor | None]:
-    """None in the place of what this rule does not look at."""
-    unused = set() if plan.separate else {"b"}
-    unused |= set() if plan.momentum else {"eta", "carry"}
-    unused |= {"c"} if plan.max_gradient_norm is None else set()
-    return [None if name in unused else t for name, t in vars(found).items()]
 
 
 def _launch_forward(plan: Plan, inputs: Inputs, ends: list[Tensor], states: list[Tensor]) -> None:

@@ -16,27 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans_ds.memory.kernels.products import scaled, wide_product
+from titans_ds.memory.kernels.writes import Inputs
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import NORM_EPS
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Keys and values [N, R, C, D]; token weights a, b [2, N, R, C], c [N, R, C]; keep, eta, carry [N, R]."""
-
-    keys: Tensor
-    values: Tensor
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    keep: Tensor
-    eta: Tensor
-    carry: Tensor
-
-    @property
-    def num_chunks(self) -> int:
-        """R."""
-        return self.keys.shape[1]
 
 
 @dataclass(frozen=True)

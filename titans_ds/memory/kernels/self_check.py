@@ -117,14 +117,13 @@ def _run(case: Case, dtype: torch.dtype, triton: bool) -> list[Tensor]:
     form = replace(case.form, norm=(norm[0], norm[1])) if norm else case.form
     inner = Inner(rule, form, torch.full((depth,), 0.1, device=case.device), 1)
     fast, pairs = Fast(tuple(states[:depth]), tuple(states[depth:])), Pairs(tokens[0], tokens[1])
-    if depth == 1 and rule.chunk_semantics == "chunk" and not triton:
-        work = Work(pairs, active, c, finished, _CHUNKS, 0)
-        with choice("loop"):
-            reads, new = run(fast, work, inner, tokens[2], contextlib.nullcontext)
-    else:
+    if triton:
         fast_path = run_span if rule.chunk_semantics == "span" else run_chunk
-        engine = Engine(triton, triton and case.fused)
-        reads, new = fast_path(fast, pairs, c, finished, inner, tokens[2], True, engine)
+        reads, new = fast_path(fast, pairs, c, finished, inner, tokens[2], True, Engine(True, case.fused))
+    else:
+        with choice("loop"):
+            work = Work(pairs, active, c, finished, _CHUNKS, 0)
+            reads, new = run(fast, work, inner, tokens[2], contextlib.nullcontext)
     outputs = [t for t in (reads, *new.weights, *new.momentum) if t is not None]
     # Random directions: a sum would hide errors that cancel.
     loss = torch.stack([(t.float() * normal(*t.shape)).sum() for t in outputs]).sum()

@@ -47,6 +47,23 @@ def _project(t, n, inverse, D: tl.constexpr):
 
 
 @triton.jit
+def _deltas(
+    k, v, w, scale, bias, huber_delta, eps,
+    D: tl.constexpr, LOSS: tl.constexpr, NORM: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The loss's derivative delta in z = k W^T; e, the derivative in f_W(k), and e's own there; n and i, if any."""
+    z = _dot(k, tl.trans(w.to(T)), T, PRECISION)
+    if NORM:
+        normed, inverse = _normalize(z, eps, D)
+        e, e_slope = _error(k.to(tl.float32) + scale * normed + bias, v, huber_delta, LOSS)
+        delta = _project(scale * e, normed, inverse, D)
+    else:
+        e, e_slope = _error(z, v, huber_delta, LOSS)
+        delta, normed, inverse = e, z, z
+    return delta, e, e_slope, normed, inverse
+
+
+@triton.jit
 def _square(delta, k, weight, max_norm, T: tl.constexpr, PRECISION: tl.constexpr):
     """The gradient with these weights, the square of its norm, and the factor that limits it."""
     g = _dot(tl.trans((weight[:, None] * delta).to(T)), k, T, PRECISION)
@@ -71,9 +88,8 @@ def single_forward(
     w = _load(w_ptr + n * D * D, d, d, D, D)
     if MOMENTUM:
         s = _load(s_ptr + n * D * D, d, d, D, D)
-    if NORM:
-        scale = tl.load(scale_ptr + n * D + d, d < D, 0.0)[None, :]
-        bias = tl.load(bias_ptr + n * D + d, d < D, 0.0)[None, :]
+    scale = tl.load(scale_ptr + n * D + d, d < D, 0.0)[None, :]
+    bias = tl.load(bias_ptr + n * D + d, d < D, 0.0)[None, :]
     for r in range(R):
         i = n * R + r
         _store(ws_ptr + i * D * D, w.to(T), d, d, D, D)
@@ -81,13 +97,7 @@ def single_forward(
             _store(ss_ptr + i * D * D, s.to(T), d, d, D, D)
         k = _load(k_ptr + i * C * D, c, d, C, D)
         v = _load(v_ptr + i * C * D, c, d, C, D).to(tl.float32)
-        z = _dot(k, tl.trans(w.to(T)), T, PRECISION)
-        if NORM:
-            normed, inverse = _normalize(z, eps, D)
-            e, _ = _error(k.to(tl.float32) + scale * normed + bias, v, huber_delta, LOSS)
-            delta = _project(scale * e, normed, inverse, D)
-        else:
-            delta, _ = _error(z, v, huber_delta, LOSS)
+        delta, _, _, _, _ = _deltas(k, v, w, scale, bias, huber_delta, eps, D, LOSS, NORM, T, PRECISION)
         a = tl.load(a_ptr + i * C + c, c < C, 0.0)[:, None]
         g = _dot(tl.trans((a * delta).to(T)), k, T, PRECISION)
         limit = 1.0
@@ -124,9 +134,9 @@ def single_backward(
     dw = _load(dw_ptr + n * D * D, d, d, D, D)
     if MOMENTUM:
         ds = _load(ds_ptr + n * D * D, d, d, D, D)
+    scale = tl.load(scale_ptr + n * D + d, d < D, 0.0)[None, :]
+    bias = tl.load(bias_ptr + n * D + d, d < D, 0.0)[None, :]
     if NORM:
-        scale = tl.load(scale_ptr + n * D + d, d < D, 0.0)[None, :]
-        bias = tl.load(bias_ptr + n * D + d, d < D, 0.0)[None, :]
         d_scale = tl.zeros((DB,), tl.float32)
         d_bias = tl.zeros((DB,), tl.float32)
     for step in range(R):
@@ -134,15 +144,9 @@ def single_backward(
         k = _load(k_ptr + i * C * D, c, d, C, D)
         v = _load(v_ptr + i * C * D, c, d, C, D).to(tl.float32)
         w = _load(ws_ptr + i * D * D, d, d, D, D)
-        # The chunk again.
-        z = _dot(k, tl.trans(w), T, PRECISION)
-        if NORM:
-            normed, inverse = _normalize(z, eps, D)
-            e, e_slope = _error(k.to(tl.float32) + scale * normed + bias, v, huber_delta, LOSS)
-            g = scale * e
-            delta = _project(g, normed, inverse, D)
-        else:
-            delta, e_slope = _error(z, v, huber_delta, LOSS)
+        delta, e, e_slope, normed, inverse = _deltas(
+            k, v, w, scale, bias, huber_delta, eps, D, LOSS, NORM, T, PRECISION
+        )  # fmt: skip
         a = tl.load(a_ptr + i * C + c, c < C, 0.0)[:, None]
         direction = dw
         if MOMENTUM and not SEPARATE:
@@ -170,6 +174,7 @@ def single_backward(
         # Through delta = J g, g = scale e, e(y - v), y = k + scale n + bias, n = LayerNorm(z), z = k W^T.
         d_e = d_delta
         if NORM:
+            g = scale * e
             d_g = _project(d_delta, normed, inverse, D)
             along, across = _mean(d_delta * normed, D), _mean(g * normed, D)
             shared = _mean(d_delta * g, D) - _mean(d_delta, D) * _mean(g, D) - along * across

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_ds.memory.kernels.chunk_torch import Inputs, slope_of
+from titans_ds.memory.kernels.chunk_torch import slope_of
 from titans_ds.memory.kernels.launch import LOSSES, four, padded
 from titans_ds.memory.kernels.products import wide_product
+from titans_ds.memory.kernels.writes import Inputs
 from titans_ds.memory.network import Form
 from titans_ds.memory.optimizers import NORM_EPS
 
@@ -74,47 +75,25 @@ class Walk:
 
     def tokens(self, kernel: Any, width: int, *tensors: object, r: int | None = None, **more: object) -> None:
         """A program for every tile [C, width] of chunk r, or of all chunks."""
+        self.programs(kernel, self.tiles(width), *tensors, r=r, **more)
+
+    def programs(self, kernel: Any, tiles: int, *tensors: object, r: int | None = None, **more: object) -> None:
+        """So many for every row of chunk r, or of all chunks."""
         count = self.num_rows * (self.num_chunks if r is None else 1)
         step, r = (1, 0) if r is None else (self.num_chunks, r)
-        kernel[(count * self.tiles(width),)](
-            *tensors, step=step, r=r, **self.numbers, BX=self.tile[1], BK=self.tile[2], num_warps=self.warps,
-            num_stages=3, **more,
-        )  # fmt: skip
+        shape = {"BX": self.tile[1], "BK": self.tile[2], "num_warps": self.warps, "num_stages": 3}
+        kernel[(count * tiles,)](*tensors, step=step, r=r, **(self.numbers | shape | more))
 
     @property
     def token_tiles(self) -> int:
         """Of both hidden layer and width, for a chunk's tokens."""
         return self.tiles(self.hidden) + self.tiles(self.dim)
 
-    def squares(self, *tensors: object, r: int) -> None:
-        """Two programs for every row, one a matrix."""
-        from titans_ds.memory.kernels import wide_kernels
-
+    @property
+    def pairs(self) -> dict[str, int]:
+        """How to hold all pairs of a chunk's tokens in one tile."""
         side = padded(self.chunk)
-        wide_kernels.squares[(2 * self.num_rows,)](
-            *tensors, self.num_chunks, r, C=self.chunk, D=self.dim, H=self.hidden, BT=side, BK=min(64, self.tile[2]),
-            PRECISION=self.numbers["PRECISION"], num_warps=4 if side <= 64 else 8, num_stages=3,
-        )  # fmt: skip
-
-    def moved(
-        self,
-        given: Inputs,
-        x: Tensor,
-        u: Tensor,
-        e: Tensor,
-        directions: tuple[Tensor, ...],
-        shares: Tensor,
-        r: int,
-    ) -> None:
-        """A program for every tile of both matrices' tokens."""
-        from titans_ds.memory.kernels import wide_backward_kernels
-
-        p1, p2, q1, q2 = directions
-        wide_backward_kernels.moved[(self.num_rows * self.token_tiles,)](
-            given.keys, x, u, e, p1, p2, q1, q2, given.a, given.b, shares, self.level, self.num_chunks, r,
-            C=self.chunk, D=self.dim, H=self.hidden, SEPARATE=self.separate, BT=self.tile[0], BX=self.tile[1],
-            BK=self.tile[2], PRECISION=self.numbers["PRECISION"], num_warps=self.warps, num_stages=3,
-        )  # fmt: skip
+        return {"BT": side, "BK": min(64, self.tile[2]), "num_warps": 4 if side <= 64 else 8}
 
     def states(self, kernel: Any, programs: int, *tensors: object, r: int, **more: object) -> None:
         """The same for what has tiles of both matrices."""
@@ -141,7 +120,7 @@ def forward(
         walk.tokens(wide_kernels.errors, walk.dim, x, states[1], given.values, e, r=r)
         walk.tokens(wide_kernels.slopes, walk.hidden, e, states[1], z, r=r)
         if square is not None:
-            walk.squares(given.keys, x, z, e, given.c, square, r=r)
+            walk.programs(wide_kernels.squares, 2, given.keys, x, z, e, given.c, square, r=r, **walk.pairs)
         walk.states(
             wide_kernels.step_forward, 2 * walk.state_tiles, given.keys, x, z, e, *factors, *four(ends), *four(states),
             square, max_norm or 0.0, r=r, LIMIT=square is not None, SAVE_MOMENTUM=len(states) == 4,
@@ -219,7 +198,8 @@ class _Backward:
         walk, given, found, w2 = self.walk, self.given, self.found, self.states[1]
         p1, p2, q1, q2 = four(self.directions)
         if self.limit is not None:
-            walk.moved(given, self.x, self.limit.u, self.e, (p1, p2, q1, q2), self.limit.shares, r)
+            sums = (given.keys, self.x, self.limit.u, self.e, p1, p2, q1, q2, given.a, given.b)
+            walk.programs(kernels.moved, walk.token_tiles, *sums, self.limit.shares, walk.level, r=r)
         to_u, to_k, to_e, to_x, *factor = (None,) * 6 if self.limit is None else self.limit.places
         more = {"LIMIT": self.limit is not None, "TILES": walk.token_tiles, "SHARES": padded(walk.token_tiles)}
         (da1, da2), (db1, db2) = self.d_weights[0], self.d_weights[-1]

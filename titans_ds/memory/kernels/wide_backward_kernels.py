@@ -42,9 +42,11 @@ def _moved(
 
 @triton.jit(do_not_specialize=["level", "step", "r"])
 def moved(
-    k_ptr, x_ptr, u_ptr, e_ptr, p1_ptr, p2_ptr, q1_ptr, q2_ptr, a_ptr, b_ptr, share_ptr, level, step, r,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SEPARATE: tl.constexpr,
-    BT: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    k_ptr, x_ptr, u_ptr, e_ptr, p1_ptr, p2_ptr, q1_ptr, q2_ptr, a_ptr, b_ptr, share_ptr,
+    level, step, r, scale, huber_delta,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SILU: tl.constexpr, LOSS: tl.constexpr,
+    MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr, BT: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What both matrices' sums are along their directions: the derivative in the limit, times the limit, by tile."""
     down: tl.constexpr = (C + BT - 1) // BT

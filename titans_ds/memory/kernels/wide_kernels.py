@@ -89,8 +89,10 @@ def _gram(x_ptr, C: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BK: tl.
 
 @triton.jit(do_not_specialize=["step", "r"])
 def squares(
-    k_ptr, x_ptr, u_ptr, e_ptr, c_ptr, square_ptr, step, r,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    k_ptr, x_ptr, u_ptr, e_ptr, c_ptr, square_ptr, step, r, scale, huber_delta,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SILU: tl.constexpr, LOSS: tl.constexpr,
+    MOMENTUM: tl.constexpr, SEPARATE: tl.constexpr, BT: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of the gradient's norm, [N, 2] by matrix: |sum_c w_c u_c k_c^T|^2 = sum_cd w_c w_d (u_c u_d) (k_c k_d)."""
     pid = tl.program_id(0)
