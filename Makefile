@@ -1,5 +1,6 @@
 # make demo   set up, prepare, train, evaluate, report: from a bare checkout, on CPU or GPU
-# make test   set up, then every check: ruff, mypy --strict, import contracts, the test suite
+# make test   set up, then every check: ruff, mypy --strict, import contracts, the tests of some minutes
+# make test-all   the long tests, which `make test` leaves out: all ZeRO stages, lost nodes, sweeps, the demo
 # Options: PYTHON=python3.12 (who makes the environment), VENV=DIR, TORCH=auto|system|torch==X (see requirements/install.sh),
 #          DEMO="--base Qwen/Qwen3.5-0.8B-Base" (options of launch/demo.py), PYTEST="-k memory" (options of pytest)
 PYTHON ?= python3
@@ -14,7 +15,7 @@ RUN := PATH="$(BIN):$$PATH" TOKENIZERS_PARALLELISM=false
 # One thread a process: the tests start several at a time. (Training shares the cores among its ranks by itself.)
 TESTING := $(RUN) OMP_NUM_THREADS=1
 
-.PHONY: setup demo test lint types imports pytest format lock
+.PHONY: setup demo test test-all lint types imports pytest format lock
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -39,7 +40,10 @@ imports: setup
 	@$(RUN) lint-imports --no-logo
 
 pytest: setup
-	@$(TESTING) python -m pytest $(PYTEST)
+	@$(TESTING) python -m pytest -m "not long" $(PYTEST)
+
+test-all: setup
+	@$(TESTING) python -m pytest -m long $(PYTEST)
 
 format: setup
 	@$(RUN) ruff format .

@@ -1,235 +1,273 @@
-"""Evaluation speed against plain Hugging Face `generate`, as ratios measured in one run.
+"""Speed of evaluation and of priming: `generate`, this project's decoder, a memory beside concatenated context.
 
-    python -m benchmarks.eval_throughput --base BASE [--adapter DIR] --data rows.jsonl --limit 32 --batch-size 8
-    python -m benchmarks.eval_throughput --base qwen3.5-9b-random --force-new-tokens 50 --prompt-tokens 2048 \
-        --context-tokens 512 --prompts 256 --batch-sizes 32,64,128 --out FILE
-    python -m benchmarks.eval_throughput --base tiny --force-new-tokens 8 --prompt-tokens 64 --context-tokens 16 \
-        --prompts 8 --batch-sizes 2,4 --memory-dim 64 --compile none
+    python -m benchmarks.eval_throughput                                               # a tiny hybrid
+    python -m benchmarks.eval_throughput --base qwen3.5-9b-random --dtype bfloat16 --force-new-tokens 50 \
+        --prompt-tokens 2048 --context-tokens 512 --prompts 256 --batch-sizes 32,64,128 --out FILE
 
-Two workloads on the same rows, greedy, with the same lengths and the same batch size:
-  completions   one boundary, completions only: `generate` in batches as the rows come, left-padded, against the decoder
-                with refill and its stop at the end of the statement
-  full          what an evaluation needs: both boundaries and the target's likelihood under each; for `generate` two
-                calls (it cannot heal: the unhealed prompt twice) and two forward passes
-With an adapter the memory is primed on the row's snippets in both. Also printed: the share of equal scored predictions.
+Random prompts of one length, N forced new tokens: every way does the same work, without a stop or an end of text, and
+random weights serve as well as trained ones.
 
-With --force-new-tokens: random prompts, no data (benchmarks/forced_decoding.py): `generate` at the first batch size
-against the decoder in growing shapes and in fixed ones (CUDA graphs) at all, memory against concatenated context, and
-priming against a plain forward pass.
+    generate   transformers' own, at the first batch size, of the model as transformers makes it
+    growing    the decoder with a cache that grows
+    fixed      the decoder in steps of fixed shapes, replayed as CUDA graphs on a GPU
+    concat     the same with a graft whose memory is skipped: the context is read as part of the prompt
+    memory     the context is written into the memory instead, and the rest of the prompt is read
+
+`priming` writes a batch of contexts, `forward` takes them through the base model alone. The floor is the time that the
+matrix products of reading the prompt and making N tokens, counted by PyTorch, take at the rate of a large product
+measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
+import functools
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import forced_decoding
-from benchmarks.program import run
-from eval.benchmark import load_benchmark, select_rows
-from eval.decoding import Decoder, DecodeSettings, Job
-from eval.likelihood import healed_target, plain_target
-from eval.postprocess import is_settled, postprocess
-from eval.prompts import Budget, PromptBuilder
-from eval.provenance import describe_environment
-from eval.retrieval import Retriever
-from eval.subject import ModelSettings, Subject
+import titans_ds
+from benchmarks.program import first_line, matmul_rate, median_seconds, new_report, now, peak, reset_peak, save
+from benchmarks.program import table as markdown
+from benchmarks.train_step import RANDOM_BASES, attention_flops, load_base, model_settings
+from eval.generation.decoding import Decoder, DecodeSettings, Job
+from eval.generation.model import ModelSettings, Subject, load_tokenizer
+from titans_ds import GraftConfig, preset
+from titans_ds.memory import READ
+from titans_ds.memory.registry import PRESETS
+from titans_ds.program import program, whole_number
 
-
-class Workload:
-    """The same rows as jobs for the decoder and as batches for `generate`."""
-
-    def __init__(self, subject: Subject, options: argparse.Namespace) -> None:
-        self.subject, self.options = subject, options
-        self.path = "graft" if options.adapter else "vanilla"
-        rows = select_rows(load_benchmark(options.data), options.limit, "random", 0)
-        self.rows = rows
-        budget = Budget(options.max_length, 0, 0, options.max_new_tokens).fitted_to(subject.max_positions)
-        builder = PromptBuilder(subject.tokenizer, subject.vocabulary, budget)
-        retriever = Retriever()
-        self.jobs = {}
-        for task, row in rows.items():
-            built = builder.build(row, "", infill=False)
-            healed = healed_target(subject.tokenizer, subject.vocabulary, row.prompt, row.groundtruth, built.healed)
-            self.jobs[task] = Job(
-                task,
-                built.prefix,
-                built.healed.removed,
-                built.healed.text,
-                ("heal", "plain"),
-                {"heal": healed, "plain": plain_target(subject.tokenizer, row.groundtruth)},
-                retriever.snippets(row) if options.adapter else (),
-                lambda text, row=row: is_settled(row.prompt, text, row.language),
-            )
-
-    def decode(self, full: bool) -> dict[str, str]:
-        """Our way; returns the plain completions."""
-        options, subject = self.options, self.subject
-        decoder = self._decoder(options.batch_size)
-        jobs = list(self.jobs.values())
-        if not full:
-            jobs = [Job(j.key, j.prefix, j.removed, j.healed_text, ("plain",), {}, j.priming, j.stop) for j in jobs]
-        with subject.on_path(self.path):
-            return {c.key: c.text for c in decoder.run(jobs) if c.boundary == "plain"}
-
-    def _decoder(self, batch_size: int) -> Decoder:
-        options, subject = self.options, self.subject
-        fixed, eos = options.decode_graphs == "on", subject.eos_tokens
-        settings = DecodeSettings(batch_size, options.max_new_tokens, eos_tokens=eos, fixed_shapes=fixed)
-        return Decoder(subject, subject.vocabulary, settings, subject.device)
-
-    def equal_tokens(self, batch_size: int) -> float:
-        """Share of tokens that come out the same alone and in a batch: 1 in float32, less in bfloat16 on a GPU."""
-        runs = []
-        for size in (1, batch_size):
-            decoder = self._decoder(size)
-            with self.subject.on_path(self.path):
-                runs.append({(c.key, c.boundary): c.tokens for c in decoder.run(self.jobs.values())})
-        pairs = [(runs[0][key], runs[1][key]) for key in runs[0]]
-        equal = sum(a == b for first, second in pairs for a, b in zip(first, second, strict=False))
-        return equal / sum(max(len(first), len(second)) for first, second in pairs)
-
-    def generate(self, full: bool) -> dict[str, str]:
-        """Plain Hugging Face; returns the completions."""
-        completions: dict[str, str] = {}
-        jobs, size = list(self.jobs.values()), self.options.batch_size
-        with self.subject.on_path(self.path):
-            for start in range(0, len(jobs), size):
-                part = jobs[start : start + size]
-                for _ in range(2 if full else 1):
-                    completions |= self._generate(part)
-                    if full:
-                        self._score(part)
-        return completions
-
-    @contextlib.contextmanager
-    def _memory(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
-        if not self.options.adapter:
-            yield {}
-            return
-        with self.subject.grafted.memory_session(len(jobs)) as session:
-            self.subject.forget()  # what the decoder primed is not this side's to use
-            session.state = self.subject.memory_for([job.priming for job in jobs])
-            yield {"memory": session}
-
-    def _generate(self, jobs: Sequence[Job]) -> dict[str, str]:
-        ids, mask = _left_padded([job.prefix + job.removed for job in jobs], self.subject.device)
-        model = self.subject.grafted if self.options.adapter else self.subject.base_model
-        length = self.options.max_new_tokens
-        with self._memory(jobs) as memory, torch.no_grad():
-            found = model.generate(
-                ids, attention_mask=mask, max_new_tokens=length, do_sample=False, pad_token_id=0, **memory
-            )
-        texts = [self.subject.vocabulary.text(row) for row in found[:, ids.shape[1] :].tolist()]
-        return dict(zip((job.key for job in jobs), texts, strict=True))
-
-    def _score(self, jobs: Sequence[Job]) -> None:
-        ids, mask = _left_padded([j.prefix + j.removed + j.targets["plain"].tokens for j in jobs], self.subject.device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        with torch.no_grad():
-            state = self.subject.memory_for([job.priming for job in jobs])
-            self.subject(ids, mask, positions, None, state, last_only=False)
-
-    def same_share(self, first: dict[str, str], second: dict[str, str]) -> float:
-        """Share of rows whose completions come out the same after post-processing."""
-        cut = [
-            [postprocess("parity", row.prompt, side[task], row.groundtruth, row.language) for side in (first, second)]
-            for task, row in self.rows.items()
-        ]
-        return sum(a == b for a, b in cut) / len(cut)
+WAYS = ("generate", "growing", "fixed", "concat", "memory")
+_TOKENIZER = Path(titans_ds.__file__).parent / "assets" / "base_hybrid"
 
 
-def _left_padded(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    length = max(map(len, sequences))
-    ids = torch.tensor([[0] * (length - len(s)) + s for s in sequences], device=device)
-    mask = torch.tensor([[0] * (length - len(s)) + [1] * len(s) for s in sequences], device=device)
-    return ids, mask
+@program("--out has the ways that were measured")
+def main(argv: list[str]) -> None:
+    """Run the program; returns its exit code."""
+    print(table(measure(_options(argv), argv)))
 
 
-def _timed(call: Callable[[], dict[str, str]], device: torch.device, repeats: int) -> tuple[float, dict[str, str]]:
-    """Return the best of `repeats` times in seconds, and the result."""
-    best, result = float("inf"), {}
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best, result
+class RandomSubject(Subject):
+    """A model whose texts are random tokens: the text "7 512" is 512 tokens of seed 7."""
+
+    def random_ids(self, seed: int, count: int) -> list[int]:
+        """Token ids, the same for the same seed."""
+        size = self.base_model.config.get_text_config().vocab_size
+        return torch.randint(3, size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def _encode(self, text: str) -> list[int]:
+        return self.random_ids(*map(int, text.split()))
 
 
-def main() -> int:
-    """Measure and print one JSON object, or tables where new tokens are forced; returns the exit code."""
-    options = _options()
-    if options.force_new_tokens:
-        return run(forced_decoding.measure, forced_decoding.table, options)
-    subject = Subject.load(ModelSettings(options.base, options.adapter, options.device, options.dtype), False)
-    work = Workload(subject, options)
-    report: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(options).items()}, "rows": len(work.rows)}
-    for name, full in (("completions", False), ("full", True)):
-        ours, decoded = _timed(lambda full=full: work.decode(full), subject.device, options.repeats)
-        theirs, generated = _timed(lambda full=full: work.generate(full), subject.device, options.repeats)
-        report[name] = {
-            "decoder_seconds": round(ours, 2),
-            "generate_seconds": round(theirs, 2),
-            "speedup": round(theirs / ours, 2),
-            "same_predictions": work.same_share(decoded, generated),
-        }
-    if options.invariance:
-        report["equal_tokens_alone_and_in_batch"] = work.equal_tokens(options.batch_size)
-    print(json.dumps(report | describe_environment(), indent=2))
-    return 0
+class Ways:
+    """Prompts, and the ways to go on with them.
+
+    Args:
+        options: of the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        settings = ModelSettings(options.base, device=options.device, dtype=options.dtype)
+        self.device = settings.resolved_device()
+        tokenizer = load_tokenizer(str(_TOKENIZER) if options.base in RANDOM_BASES else options.base)
+        dtype = str(settings.resolved_dtype()).removeprefix("torch.")
+        with self.device:  # where random weights are drawn
+            base = load_base(model_settings(options.base, dtype)).to(self.device).eval().requires_grad_(False)
+        self.subject = RandomSubject(base, None, tokenizer)
+        self.subject.base_model.generation_config.eos_token_id = None
+
+    def attach(self) -> None:
+        """Graft memories onto the base model, where they stay."""
+        config = GraftConfig(memory=preset(self.options.preset), segment_tokens=self.options.context_tokens)
+        grafted = titans_ds.attach(self.subject.base_model, config).eval().to(self.device)
+        self.subject = RandomSubject(grafted.base_model, grafted, self.subject.tokenizer)
+
+    def sample_flops(self) -> float:
+        """Operations of the matrix products and attention for one prompt and its new tokens, before any compilation.
+
+        A new token is counted as one of the prompt's, and the head for new tokens alone. Kernels that PyTorch can't
+        see into, such as DeltaNet's, count nothing.
+        """
+        model, ids = self.subject.base_model, self._ids([0], self.options.prompt_tokens)
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=attention_flops()) as counter:
+            getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)
+        head = 2 * model.get_output_embeddings().weight.numel()
+        new = self.options.force_new_tokens
+        return counter.get_total_flops() * (1 + new / ids.numel()) + head * new
+
+    def generate(self, batch_size: int, count: int, num_new: int) -> int:
+        """Transformers' own way; returns the batch size."""
+        model = self.subject.base_model
+        for start in range(0, count, batch_size):
+            ids = self._ids(range(start, min(start + batch_size, count)), self.options.prompt_tokens)
+            mask = torch.ones_like(ids)
+            made = model.generate(ids, attention_mask=mask, max_new_tokens=num_new, do_sample=False, pad_token_id=0)
+            _check_length(made.shape[1] - ids.shape[1], num_new)
+        return batch_size
+
+    def decode(self, path: str, fixed: bool, batch_size: int, count: int, num_new: int) -> int:
+        """Our way on one of the subject's paths, in growing or fixed shapes; returns the batch size it ended with."""
+        subject, context = self.subject, self.options.context_tokens if path == "graft" else 0
+        jobs = []
+        for seed in range(count):
+            prompt = subject.random_ids(seed, self.options.prompt_tokens)[context:]
+            priming = (f"{seed} {context}",) if context else ()
+            jobs.append(Job(str(seed), prompt, [], b"", ("plain",), {}, priming))
+        settings = DecodeSettings(batch_size, num_new, fixed_shapes=fixed)
+        decoder = Decoder(subject, subject.vocabulary, settings, self.device)
+        with subject.on_path(path):
+            for completion in decoder.run(jobs):
+                _check_length(len(completion.tokens), num_new)
+        return decoder.batch_size
+
+    def prime(self, batch_size: int) -> None:
+        """Write a batch of contexts into memories."""
+        with self.subject.on_path("graft"):
+            self.subject.memory_for([(f"{seed} {self.options.context_tokens}",) for seed in range(batch_size)])
+
+    def forward(self, batch_size: int) -> None:
+        """The same contexts through the base model's decoder alone."""
+        grafted = self.subject.grafted
+        with grafted.disable_memory(), torch.no_grad():
+            grafted.read_write(self._ids(range(batch_size), self.options.context_tokens), plan=READ)
+
+    def _ids(self, seeds: Sequence[int], count: int) -> Tensor:
+        return torch.tensor([self.subject.random_ids(seed, count) for seed in seeds], device=self.device)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True)
-    parser.add_argument("--adapter")
-    parser.add_argument("--data", type=Path, help="not needed with --force-new-tokens")
-    parser.add_argument("--limit", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--max-new-tokens", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--invariance", action="store_true", help="also compare a batch with single rows")
+def measure(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """All ways, one after the other; the report is saved after each."""
+    work = Ways(options)
+    report = new_report("eval_throughput", argv, work.device, options.out) | {"batch_sizes": options.batch_sizes}
+    report["matmul_flops_per_second"] = matmul_rate(work.device, next(work.subject.base_model.parameters()).dtype)
+    report["flops_per_sample"] = work.sample_flops()
+
+    def way(name: str, run: Callable[[int, int, int], int], batch_sizes: list[int]) -> None:
+        for size in batch_sizes if name in options.ways else ():
+            report["rows"][f"{name}@{size}"] = _measured(functools.partial(run, size), options, size, work.device)
+            _add_ratios(report)
+            save(report, options.out)
+            print(f"{name}@{size}: {report['rows'][f'{name}@{size}']}", file=sys.stderr, flush=True)
+
+    sizes, first = options.batch_sizes, options.batch_sizes[:1]
+    way("generate", work.generate, first)
+    if options.compile != "none":
+        work.subject.compile()
+    way("growing", functools.partial(work.decode, "vanilla", False), first)
+    way("fixed", functools.partial(work.decode, "vanilla", True), sizes)
+    work.attach()
+    way("concat", functools.partial(work.decode, "ablation", True), sizes)
+    way("memory", functools.partial(work.decode, "graft", True), sizes)
+    for name, run in (("priming", work.prime), ("forward", work.forward)):
+        seconds = median_seconds(functools.partial(run, first[0]), work.device, 0.5)
+        report[f"{name}_tokens_per_second"] = first[0] * options.context_tokens / seconds
+    _add_ratios(report)
+    save(report, options.out)
+    return report
+
+
+def _measured(
+    run: Callable[[int, int], int], options: argparse.Namespace, batch_size: int, device: torch.device
+) -> dict[str, Any]:
+    """Samples a second over all prompts; milliseconds a step, from one batch with N new tokens and with one."""
+    many, one = options.force_new_tokens, min(batch_size, options.prompts)
+    reset_peak(device)
+    try:
+        run(one, min(4, many))  # kernels compile
+        short, long = (_seconds(functools.partial(run, one, new), device) for new in (1, many))
+        start = now(device)
+        batch_size = run(options.prompts, many)
+        seconds = now(device) - start
+    except torch.OutOfMemoryError as error:
+        return {"error": first_line(error)}
+    return {
+        "samples_per_second": options.prompts / seconds,
+        "batch_size": batch_size,
+        "step_milliseconds": 1000 * (long - short) / max(1, many - 1),
+        "read_seconds_a_batch": short,
+        "peak_gib": peak(device) / 2**30,
+    }
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    start = now(device)
+    call()
+    return now(device) - start
+
+
+def _add_ratios(report: dict[str, Any]) -> None:
+    """Shares of the floor; speed over `generate`, memory's over that of concatenated context, priming over a forward
+    pass; as far as they were measured."""
+    speeds = {name: row["samples_per_second"] for name, row in report["rows"].items() if "error" not in row}
+    floor = report["matmul_flops_per_second"] / report["flops_per_sample"]
+    base = speeds.get(f"generate@{report['batch_sizes'][0]}")
+    for name, speed in speeds.items():
+        report["rows"][name]["share_of_floor"] = speed / floor
+        if base is not None:
+            report["rows"][name]["over_generate"] = speed / base
+        concat = speeds.get(name.replace("memory", "concat"))
+        if name.startswith("memory") and concat is not None:
+            report["rows"][name]["over_concat"] = speed / concat
+    if "forward_tokens_per_second" in report:
+        report["priming_over_forward"] = report["priming_tokens_per_second"] / report["forward_tokens_per_second"]
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table."""
+    floor = report["matmul_flops_per_second"] / report["flops_per_sample"]
+    lines = [
+        f"{report['device']}; floor {floor:,.2f} samples/s: {report['flops_per_sample'] / 1e12:.3g} TFLOP a sample"
+    ]
+    lines.append(
+        f"priming {report['priming_tokens_per_second']:,.0f} tokens/s, "
+        f"{report['priming_over_forward']:.3f} times a plain forward pass\n"
+    )
+    keys = ("samples_per_second", "over_generate", "over_concat", "share_of_floor", "step_milliseconds")
+    rows = []
+    for name, row in report["rows"].items():
+        cells = [f"{row[key]:.3f}" if key in row else "-" for key in (*keys, "read_seconds_a_batch", "peak_gib")]
+        rows.append([name, row["error"]] if "error" in row else [name, *cells])
+    columns = ("way", "samples/s", "x generate", "x concat", "share of floor", "ms a step", "s to read a batch")
+    return "\n".join([*lines, markdown((*columns, "peak GiB"), rows)])
+
+
+def _check_length(made: int, wanted: int) -> None:
+    if made != wanted:
+        raise RuntimeError(f"{made} new tokens, where {wanted} are forced")
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.eval_throughput", description=__doc__.splitlines()[0])
+    many = whole_number(1, 10**6)
+    names = ", ".join(RANDOM_BASES)
+    parser.add_argument("--base", default="tiny", help=f"{names}, or a path or hub id (default: tiny)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--decode-graphs", choices=("on", "off"), default="off", help="of the decoder, with --data")
-    _add_forced(parser)
-    options = parser.parse_args()
-    if options.data is None and not options.force_new_tokens:
-        parser.error("give --data, or --force-new-tokens for random prompts")
+    parser.add_argument("--preset", choices=list(PRESETS), default="delta", help="of the memory (default: delta)")
+    parser.add_argument("--force-new-tokens", type=many, default=8, help="new tokens of every prompt (default: 8)")
+    parser.add_argument("--prompt-tokens", type=many, default=64, help="(default: 64)")
+    parser.add_argument("--context-tokens", type=many, default=16, help="of these, what is primed (default: 16)")
+    parser.add_argument("--prompts", type=many, default=4, help="of each way (default: 4)")
+    parser.add_argument("--batch-sizes", type=_sizes, default=[2, 4], help="32,64,128; the first is generate's")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    compiled = "the base model's norms, MLPs and convolutions are fused, but for generate (default: mlp on a GPU)"
+    parser.add_argument("--compile", choices=("mlp", "none"), help=compiled)
+    parser.add_argument("--out", type=Path, help="write the report as JSON after every way")
+    options = parser.parse_args(argv)
+    options.compile = options.compile or ("mlp" if torch.cuda.is_available() else "none")
+    if options.context_tokens >= options.prompt_tokens:
+        parser.error(f"--context-tokens is {options.context_tokens}; it must be below --prompt-tokens")
     return options
 
 
-def _add_forced(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("random prompts; --base may be tiny or qwen3.5-9b-random")
-    group.add_argument("--force-new-tokens", type=int, default=0, help="new tokens of every prompt, no stop")
-    group.add_argument("--prompt-tokens", type=int, default=2048)
-    group.add_argument("--context-tokens", type=int, default=512, help="of these, what the memory is primed with")
-    group.add_argument("--prompts", type=int, default=64, help="prompts a way")
-    group.add_argument("--batch-sizes", type=_sizes, default=[32], help="the first is that of generate; 32,64,128")
-    group.add_argument("--memory-dim", type=int, default=512)
-    group.add_argument("--ways", nargs="+", choices=forced_decoding.WAYS, default=list(forced_decoding.WAYS))
-    group.add_argument(
-        "--compile",
-        choices=("mlp", "none"),
-        default="mlp",
-        help="of all ways but generate: the base model's norms, MLPs and convolutions fused (default: mlp)",
-    )
-    group.add_argument("--out", type=Path, help="JSON, written anew after every way")
-
-
 def _sizes(text: str) -> list[int]:
-    return [int(size) for size in text.split(",")]
+    return [whole_number(1, 10**5)(size) for size in text.split(",")]
 
 
 if __name__ == "__main__":

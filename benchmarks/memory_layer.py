@@ -1,358 +1,388 @@
-"""Speed and memory of the memory layer, against others and against the chip, measured in one run.
+"""Speed and memory of the memory layer beside other implementations, all in one run; or whether its results are right.
 
-    python -m benchmarks.memory_layer --out memory_layer.json     # everything, on a GPU
-    python -m benchmarks.memory_layer --rows 'span*titans-ds'     # rows that one of these patterns is found in
-    python -m benchmarks.memory_layer --tiny                      # on a CPU: does everything run
+    python -m benchmarks.memory_layer --ttt-lm PATH/ttt.py --out memory_layer.json    # everything, on a GPU
+    python -m benchmarks.memory_layer --rows '1x512' 'core'                           # rows that contain one of these
+    python -m benchmarks.memory_layer --check                                         # errors beside the loop in fp64
+    python -m benchmarks.memory_layer --tiny                                          # on a CPU: does everything run
 
-Every row is forward, and forward + backward (gradients of the input and of all that is learned, through the writes),
-medians. The floor is the counted operations (recomputation not counted) over the rate of a bf16 matrix product measured
-first. Peak memory is what a row's third call holds at most beyond what was there before the row, with what CUDA graphs
-keep: compilation and capture are over then. Ratios are taken against the group's fastest row of this project that does
-the whole work. Rows run in a process of their own that is started again after a row that breaks it or runs out of time:
-an error is a row. Peers: titans-pytorch (pip install titans-pytorch), fla (pip install flash-linear-attention), LaCT
-(--lact PATH of its ttt_operation.py), ttt-lm-pytorch (--ttt-lm PATH of its ttt.py).
+A core is the recurrence alone, from keys, values and queries; a layer goes from hidden states to hidden states. Each
+is timed forward, and forward + backward (gradients of all inputs and of all that is learned, through the writes),
+kernel by kernel and as CUDA graphs, fla's kernels in the same way as ours. Peaks are of a call after warm-up, beyond
+what was there before the row, with what graphs keep. Ratios are over fla's core of the delta rule at the same shape, or
+over the chunkwise core where fla can't (heads above 256, no GPU, not installed). titans-pytorch and
+flash-linear-attention come from pip, ttt-lm-pytorch's ttt.py is the user's copy.
+
+Legend of shape suffixes: B batch, T tokens, N heads, D width of a head, R chunks of C tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fnmatch
+import functools
 import gc
-import io
-import itertools
-import multiprocessing
-import os
-import platform
-import statistics
+import importlib.util
 import sys
-import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # pools of graphs without gaps
-
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from benchmarks.memory_layer_cases import Case, Shape, core, gradient, layer, named_layer
-from benchmarks.memory_layer_peers import Files, lact, titans_pytorch, ttt_linear, ttt_lm
-from benchmarks.program import save
+from benchmarks.program import first_line, many, median_seconds, new_report, peak, reset_peak, save
+from benchmarks.program import table as markdown
+from titans_ds import preset
+from titans_ds.cuda_graphs.capture import capture_of
+from titans_ds.cuda_graphs.replay import Graphs, Result, Tensors
+from titans_ds.errors import ConfigError, TitansError
+from titans_ds.memory import Pass
+from titans_ds.memory.delta import DeltaConfig, backends
+from titans_ds.memory.graphs import MemoryGraphs
+from titans_ds.memory.mlp import chunks, kernels
+from titans_ds.memory.mlp.chunks import Work
+from titans_ds.memory.mlp.gates import GateValues, coefficients
+from titans_ds.memory.mlp.network import Form
+from titans_ds.memory.mlp.optimizers import Fast
+from titans_ds.memory.mlp.rule import Inner, Pairs
+from titans_ds.memory.registry import make_memory
+from titans_ds.program import program
 
-_LACT_HIDDEN = 256
-
-
-def cases(tiny: bool, files: Files) -> list[Case]:
-    """All rows, this project's first in every group."""
-    size = (2, 64, 32) if tiny else (4, 4096, 512)
-    heads = (1, 2) if tiny else (8, 1)
-    rows: list[Case] = []
-    for count in heads:
-        rows += _span(Shape(*size, count, 4 if tiny else 64))
-    if not tiny:
-        rows += _span(Shape(2, 2048, 512, 8, 64))
-    for count in heads if tiny else (8, 4, 2, 1):
-        rows += _chunk(Shape(*size, count, 4 if tiny else 64), loop=tiny or count in (8, 1))
-    for count in heads:
-        rows += _titans(Shape(*size, count, 4 if tiny else 64))
-    rows += _large(Shape(*size, 2, size[1] // 2), files.lact, size[2] // 2 if tiny else _LACT_HIDDEN)
-    rows += _ttt(Shape(*size, 2 if tiny else 8, 16), files.ttt_lm)
-    for dim in (8, 16) if tiny else (64, 128, 256, 512):
-        rows += _gradients(dim, 4 if tiny else 256, 16 if tiny else 64)
-    return rows
-
-
-def _both(shape: Shape) -> tuple[float, float]:
-    return shape.layer_flops(False), shape.layer_flops(True)
+Shape = tuple[int, int]  # heads, and the width of one
+Step = Callable[[bool], None]  # forward, and backward if asked
+SHAPES: list[Shape] = [(8, 64), (2, 256), (1, 512), (1, 896), (1, 1024)]
+TINY: list[Shape] = [(2, 8), (1, 16)]
+CHECKED = (64, 256, 512, 896)
+TITANS_CHUNK = 64
+WRITE = Pass(graph=True)
 
 
-def _span(shape: Shape) -> list[Case]:
-    group, flops = f"layer, span, {shape.label}", _both(shape)
-    rows = [
-        Case(group, "titans-ds", shape.label, layer(shape, "auto", "span"), flops, ours=True),
-        Case(group, "titans-ds graphs", shape.label, layer(shape, "auto", "span", graphs=True), flops, ours=True),
-        Case(
-            group, "titans-ds graphs, halves", shape.label, layer(shape, "auto", "span", graphs=True, slices=2), flops
-        ),
-        Case(group, "titans-ds first order", shape.label, layer(shape, "auto", "span", graph=False), flops),
-        Case(group, "titans-ds loop", shape.label, layer(shape, "loop", "span"), flops),
-    ]
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        peer = titans_pytorch(shape, dtype, compiled=False)
-        rows.append(Case(group, f"titans-pytorch {name}", shape.label, peer, flops))
-    compiled = titans_pytorch(shape, torch.bfloat16, compiled=True)
-    return [*rows, Case(group, "titans-pytorch bf16 compiled", shape.label, compiled, flops)]
-
-
-def _chunk(shape: Shape, loop: bool) -> list[Case]:
-    group, flops = f"layer, chunk, {shape.label}", _both(shape)
-    rows = [
-        Case(group, "titans-ds", shape.label, layer(shape, "auto", "chunk"), flops, ours=True),
-        Case(group, "titans-ds graphs", shape.label, layer(shape, "auto", "chunk", graphs=True), flops, ours=True),
-        Case(group, "titans-ds first order", shape.label, layer(shape, "auto", "chunk", graph=False), flops),
-    ]
-    if loop:
-        rows.append(Case(group, "titans-ds loop", shape.label, layer(shape, "loop", "chunk"), flops))
-    if 64 <= shape.head_dim <= 128:  # the Triton kernel's
-        for warps in (4, 8, 16):
-            make = layer(shape, "auto", "chunk", warps=warps)
-            rows.append(Case(group, f"titans-ds {warps} warps", shape.label, make, flops))
-    return rows
-
-
-def _titans(shape: Shape) -> list[Case]:
-    """The shipped rule: gates by token, so that S has sums of its own (not counted), and a limit on the norm."""
-    return _named(f"layer, titans as shipped, {shape.label}", shape, "titans", _both(shape))
-
-
-def _named(group: str, shape: Shape, name: str, flops: tuple[float, float]) -> list[Case]:
-    """A memory of a known name, with and without graphs."""
-    return [
-        Case(group, row, shape.label, named_layer(shape, name, graphs), flops, ours=True)
-        for row, graphs in (("titans-ds", False), ("titans-ds graphs", True))
-    ]
-
-
-def _large(shape: Shape, lact_path: Path | None, hidden: int) -> list[Case]:
-    """LaCT's three products of D x hidden a read and six a write are fourteen of ours at 9/7 of the hidden width."""
-    ours = round(hidden * 9 / 7 / 8) * 8
-    forward = 7 * shape.product(ours)
-    group = f"core, large chunks, {shape.label}"
-    flops = (forward, 3 * forward)
-    rows = [
-        Case(group, "titans-ds", shape.label, core(shape, "auto", ours), flops, ours=True),
-        Case(group, "titans-ds graphs", shape.label, core(shape, "auto", ours, graphs=True), flops, ours=True),
-    ]
-    written = (shape.tokens // shape.chunk - 1) / (shape.tokens // shape.chunk)
-    theirs = (3 + 6 * written) * shape.product(hidden)
-    for muon in (False, True) if lact_path else ():
-        name = "LaCT, Muon" if muon else "LaCT"
-        rows.append(Case(group, name, shape.label, lact(lact_path, shape, hidden, muon), (theirs, 3 * theirs)))
-    return rows
-
-
-def _ttt(shape: Shape, ttt_lm_path: Path | None) -> list[Case]:
-    """Depth 1: two products to the loss and the gradient, one read; and four projections."""
-    products = 3 * shape.product()
-    group, flops = f"core, TTT-Linear, {shape.label}", (products, 3 * products)
-    rows = [Case(group, "fla TTT-Linear", shape.label, ttt_linear(shape), flops)]
-    whole = products + 4 * 2.0 * shape.batch * shape.tokens * shape.dim**2
-    group, flops = f"layer, TTT-Linear, {shape.label}", (whole, 3 * whole)
-    rows += _named(group, shape, "ttt_linear", flops)
-    if ttt_lm_path is not None:
-        rows.append(Case(group, "ttt-lm-pytorch", shape.label, ttt_lm(ttt_lm_path, shape), flops))
-    return rows
-
-
-def _gradients(dim: int, rows: int, tokens: int) -> list[Case]:
-    label = f"{rows} memories, {tokens} tokens, D{dim}"
-    flops = 5 * 2.0 * rows * tokens * dim**2
-    ways = ("closed form", "closed form compiled", "vmap(grad)", "vmap(grad) compiled")
-    make = [Case(f"inner gradient, {label}", w, label, gradient(rows, tokens, dim, w), (flops, flops)) for w in ways]
-    return [Case(**{**vars(make[0]), "ours": True}), *make[1:]]
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Operations a second of a large matrix product on random numbers."""
-    n = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2.0 * n**3 / (_median(lambda: a @ b, device, 0.5) / 1e3)
-
-
-def _median(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Milliseconds of one call: the median of at least three, after two to warm up."""
-    for _ in range(2):
-        run()
-    times: list[float] = []
-    start = time.monotonic()
-    while len(times) < 3 or (time.monotonic() - start < seconds and len(times) < 50):
-        times.append(_timed(run, device))
-    return statistics.median(times)
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) * 1e3
-    torch.cuda.synchronize()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
-
-
-def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Milliseconds and peak bytes of one row."""
-    cuda = device.type == "cuda"
-    before = torch.cuda.memory_allocated() if cuda else 0
-    step = case.make(device)
-    result: dict[str, Any] = {}
-    for name, backward in (("forward", False), ("both", True)):
-        if backward and case.flops[1] == case.flops[0]:
-            break
-        start = time.monotonic()
-        step(backward)
-        if cuda:
-            torch.cuda.synchronize()
-        result[f"{name}_first_s"] = time.monotonic() - start
-        step(backward)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            step(backward)
-            result[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - before + graph_bytes()
-        result[f"{name}_ms"] = _median(lambda b=backward: step(b), device, seconds)  # type: ignore[misc]
-    return result
-
-
-def graph_bytes() -> int:
-    """What CUDA graphs keep for themselves between replays, which no count of living tensors shows."""
-    segments = torch.cuda.memory_snapshot()
-    pools = [s for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)]
-    return sum(s["total_size"] - s["allocated_size"] for s in pools)
-
-
-def worker(channel: Connection, tiny: bool, files: Files, seconds: float) -> None:
-    """Rows by number, until None."""
+@program("--out has the rows that were measured")
+def main(argv: list[str]) -> int:
+    """Run the program; returns its exit code, 1 where a backend's results are wrong."""
+    options = _options(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
-    rows = cases(tiny, files)
-    channel.send({"rate": matmul_rate(device), "device": _name(device), "torch": torch.__version__})
-    while (index := channel.recv()) is not None:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                channel.send(measure(rows[index], device, seconds))
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:150]
-            channel.send({"error": text, "broken": device.type == "cuda" and "CUDA error" in str(error)})
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    report = new_report("memory_layer", argv, device, options.out)
+    if options.check:
+        rows = report["rows"] = check(options, device)
+        save(report, options.out)
+        columns = ("width", "rule", "backend", "relative error", "of the loop", "")
+        print(markdown(columns, ([*name.split(), *cells] for name, cells in rows.items())))
+        return int(any("WRONG" in cells for cells in rows.values()))
+    for name, make in rows_of(options, device):
+        if options.rows and not any(wanted in name for wanted in options.rows):
+            continue
+        report["rows"][name] = measure(make, name.endswith("graphs"), device, options.seconds)
+        print(name, report["rows"][name], file=sys.stderr, flush=True)
+        save(report, options.out)
+    if not report["rows"]:
+        raise ConfigError(f"no row contains any of {options.rows}; rows are named as '8x64 core delta fla graphs'")
+    print(f"{report['device']}, {options.batch} x {options.tokens} tokens\n\n{table(report)}")
+    return 0
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+def rows_of(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Callable[[], Step]]]:
+    """Every row's name, and what builds its step on the device."""
+    for heads, width in TINY if options.tiny else SHAPES:
+        size = (options.batch, options.tokens, heads, width)
+        for graphs in (False, True) if device.type == "cuda" else (False,):
+            end = " graphs" if graphs else ""
+            for rule in ("delta", "gated_delta"):
+                for backend in ("fla", "chunkwise"):
+                    make = functools.partial(delta_core, rule == "gated_delta", backend, size, graphs, device)
+                    yield f"{heads}x{width} core {rule} {backend}{end}", make
+            yield f"{heads}x{width} core titans{end}", functools.partial(titans_core, size, graphs, device)
+            for name in ("delta", "gated_delta", "titans"):
+                yield f"{heads}x{width} layer {name}{end}", functools.partial(layer, name, size, graphs, device)
+        yield f"{heads}x{width} layer titans-pytorch", functools.partial(titans_pytorch, size, device)
+        if options.ttt_lm is not None:
+            yield f"{heads}x{width} layer ttt-lm-pytorch", functools.partial(ttt_lm, options.ttt_lm, size, device)
 
 
-class Runner:
-    """A worker process, started again where it broke or took too long."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.process: Any = None
-        self.machine: dict[str, Any] = {}
-
-    def run(self, index: int) -> dict[str, Any]:
-        """One row, whatever happens."""
-        if self.process is None:
-            self._start()
-        try:
-            self.channel.send(index)
-            if not self.channel.poll(self.options.row_seconds):
-                return self._stop(f"not done after {self.options.row_seconds} s")
-            result: dict[str, Any] = self.channel.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return self._stop("the process ended")
-        if result.get("broken"):
-            self._stop("")
-        return result
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.channel, there = context.Pipe()
-        arguments = (there, self.options.tiny, self.options.files, self.options.seconds)
-        self.process = context.Process(target=worker, args=arguments, daemon=True)
-        self.process.start()
-        there.close()
-        machine = self.channel.recv()  # said by every process: left unread, it would pass for the next row
-        self.machine = self.machine or machine
-
-    def _stop(self, error: str) -> dict[str, Any]:
-        self.process.kill()
-        self.process.join()
-        self.process = None
-        return {"error": error}
+def random(*shape: int, device: torch.device, dtype: torch.dtype | None = None, unit: bool = False) -> Tensor:
+    """Random numbers that gradients are asked for, the same in every run; with `unit` rows of norm 1."""
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+    drawn = F.normalize(drawn, dim=-1) if unit else drawn
+    return drawn.to(device, dtype or _dtype(device)).requires_grad_()
 
 
-def table(results: list[dict[str, Any]], machine: dict[str, Any]) -> str:
-    """Markdown: times, share of the floor, peak, and each row against the fastest of this project's in its group."""
-    lines = [f"{machine['device']}, torch {machine['torch']}: {machine['rate'] / 1e12:,.1f} TFLOP/s in a bf16 product"]
-    for group, rows in itertools.groupby(results, lambda row: str(row["group"])):
-        members = list(rows)
-        ours = _fastest(members)
-        lines += ["", f"{group}; x: of {ours['name']}"]
-        lines += [
-            "| row | fwd ms | fwd+bwd ms | of floor | peak MiB | time x | peak x |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        lines += [_line(row, ours, machine["rate"]) for row in members]
-    return "\n".join(lines)
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """This project's fastest row; the first, where none of them was measured."""
-    own = [row for row in rows if row.get("ours") and "error" not in row]
-    return min(own, key=lambda row: float(row.get("both_ms", row["forward_ms"])), default=rows[0])
+def stepper(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Step:
+    """Forward, and with `backward` the gradients of the inputs and of what is learned."""
+
+    def step(backward: bool) -> None:
+        with torch.set_grad_enabled(backward):
+            out = forward()
+        if backward:
+            out.backward(torch.ones_like(out))
+            for leaf in leaves:
+                leaf.grad = None
+
+    return step
 
 
-def _line(row: dict[str, Any], ours: dict[str, Any], rate: float) -> str:
-    if "error" in row:
-        return f"| {row['name']} | {row['error']} | | | | | |"
-    kind = "both" if "both_ms" in row else "forward"
-    share = row["flops"][kind == "both"] / rate / (row[f"{kind}_ms"] / 1e3)
-    peak = row.get(f"{kind}_peak_bytes")
-    cells = [row["name"], f"{row['forward_ms']:.3f}", f"{row['both_ms']:.3f}" if kind == "both" else ""]
-    cells += [f"{share:.1%}", "" if peak is None else f"{peak / 2**20:,.0f}"]
-    cells.append(f"{row[f'{kind}_ms'] / ours[f'{kind}_ms']:.2f}" if f"{kind}_ms" in ours else "")
-    known = peak is not None and f"{kind}_peak_bytes" in ours
-    cells.append(f"{peak / max(ours[f'{kind}_peak_bytes'], 1):.2f}" if known else "")
-    return f"| {' | '.join(cells)} |"
+def replayed(run: Callable[[Tensors, Tensors], Result], given: Tensors, graphs: bool, device: torch.device) -> Step:
+    """The step of a core: as it is, or as the CUDA graphs that memories are replayed with."""
+    owner, where = Graphs(), capture_of(device) if graphs else None
+
+    def forward() -> Tensor:
+        found = None if where is None else owner.call(where, "core", run, given, {})
+        return (found or run(given, {}).outputs)["reads"]
+
+    return stepper(forward, list(given.values()))
 
 
-def wanted(case: Case, patterns: list[str]) -> bool:
-    """Whether a row is asked for: group and name together contain one of the patterns."""
-    text = f"{case.group}; {case.name}"
-    return not patterns or any(fnmatch.fnmatch(text, f"*{p}*") for p in patterns)
+def delta_inputs(gated: bool, size: tuple[int, ...], device: torch.device) -> dict[str, Tensor | None]:
+    """Arguments of naive.delta_rule by name, in its order."""
+    batch, tokens, heads, width = size
+    wide = torch.float32
+    step = torch.sigmoid(random(batch, tokens, heads, device=device, dtype=wide)).detach().requires_grad_()
+    keep = F.logsigmoid(5 + random(batch, tokens, heads, device=device, dtype=wide)).detach().requires_grad_()
+    return {
+        "queries": random(*size, device=device, unit=True),
+        "keys": random(*size[:-1], width, device=device, unit=True),
+        "values": random(*size, device=device),
+        "step": step,
+        "log_keep": keep if gated else None,
+        "state": random(batch, heads, width, width, device=device, dtype=wide),
+    }
 
 
-def main() -> None:
-    """Run the rows, print the table, write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", nargs="+", default=[], help="patterns of rows to run; all where not given")
-    parser.add_argument("--skip", nargs="+", default=[], help="patterns of rows to leave out")
-    parser.add_argument("--lact", type=Path, help="a copy of LaCT's ttt_operation.py")
-    parser.add_argument("--ttt-lm", type=Path, help="a copy of ttt-lm-pytorch's ttt.py")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time to repeat a measurement for")
-    parser.add_argument("--row-seconds", type=float, default=120, help="give a row up after this time")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, for a test")
-    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
-    options = parser.parse_args()
-    options.files = Files(options.lact, options.ttt_lm)
-    expected = {"lact": "LaCT's lact_llm/lact_model/ttt_operation.py", "ttt_lm": "ttt-lm-pytorch's ttt.py"}
-    for name, what in expected.items():
-        path = getattr(options, name)
-        if path is not None and not path.is_file():
-            print(f"--{name.replace('_', '-')} {path} is not a file; expected {what}", file=sys.stderr)
-            raise SystemExit(2)
-    runner, results = Runner(options), []
-    for index, case in enumerate(cases(options.tiny, options.files)):
-        if wanted(case, options.rows) and not (options.skip and wanted(case, options.skip)):
-            row = {"group": case.group, "name": case.name, "flops": case.flops, "ours": case.ours}
-            results.append(row | runner.run(index))
-            print(f"{case.group}; {case.name}: {_brief(results[-1])}", file=sys.stderr, flush=True)
-    if not results:
-        print(f"no row matches {options.rows}; rows are matched by group and name", file=sys.stderr)
-        raise SystemExit(2)
-    print(table(results, runner.machine))
-    save({"machine": runner.machine, "results": results}, options.out)
+def delta_core(gated: bool, backend: str, size: tuple[int, ...], graphs: bool, device: torch.device) -> Step:
+    """The (gated) delta rule by one backend. Raises ConfigError where fla can't."""
+    config = DeltaConfig(dim=size[2] * size[3], heads=size[2], backend=backend)  # type: ignore[arg-type]
+    given = {name: t for name, t in delta_inputs(gated, size, device).items() if t is not None}
+    backends.choose(config, given["queries"])
+
+    def run(given: Tensors, _: Tensors) -> Result:
+        arguments = (given["queries"], given["keys"], given["values"], given["step"], given.get("log_keep"))
+        return Result({"reads": backends.delta_rule(config, *arguments, given["state"])[0]})
+
+    return replayed(run, given, graphs, device)
 
 
-def _brief(row: dict[str, Any]) -> str:
-    return str(row.get("error") or ", ".join(f"{k} {v:.3f}" for k, v in row.items() if k.endswith(("_ms", "_s"))))
+def titans_core(size: tuple[int, ...], graphs: bool, device: torch.device) -> Step:
+    """Titans' rule as its preset has it, from keys, values, queries and the gates' logits."""
+    batch, tokens, heads, width = size
+    chunk, rows = min(TITANS_CHUNK, tokens), batch * heads
+    rule, wide = preset("titans").rule, torch.float32
+    split = (rows, tokens // chunk, chunk)
+    given = {name: random(*split, width, device=device, unit=True) for name in ("keys", "values", "queries")}
+    given |= {name: random(*split, device=device, dtype=wide) for name in ("step_size", "momentum", "forget_gate")}
+    given |= {name: random(rows, width, width, device=device, dtype=wide, unit=True) for name in ("w0", "w1")}
+
+    def run(given: Tensors, _: Tensors) -> Result:
+        gates = {name: given[name] for name in ("step_size", "momentum", "forget_gate")}
+        weights = coefficients(GateValues(None, **gates), rule, given["step_size"])
+        matrices = (given["w0"], given["w1"])
+        fast = Fast(matrices, tuple(torch.zeros_like(w) for w in matrices))
+        work = Work(Pairs(given["keys"], given["values"]), None, weights, None, split[1], split[1])
+        inner = Inner(rule, Form(), torch.full((2,), 0.1, device=device), 1)
+        reads, _ = chunks.run(fast, work, inner, given["queries"], contextlib.nullcontext)
+        assert reads is not None
+        return Result({"reads": reads})
+
+    return replayed(run, given, graphs, device)
+
+
+def layer(name: str, size: tuple[int, ...], graphs: bool, device: torch.device) -> Step:
+    """A preset's memory of one layer, as wide as its model, at second order."""
+    batch, tokens, heads, width = size
+    memory = make_memory(heads * width, preset(name, dim=heads * width, heads=heads), 0).to(device)
+    memory.graphs = MemoryGraphs("on" if graphs else "off")
+    hidden = random(batch, tokens, heads * width, device=device)
+    return stepper(lambda: memory(hidden, None, None, None, WRITE)[0], [hidden, *memory.parameters()])
+
+
+class SiluMlp(nn.Module):
+    """f_W of this project as a memory model of titans-pytorch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.w0, self.w1 = (nn.Parameter(torch.randn(width, width) / width**0.5) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return F.silu(x @ self.w0.mT) @ self.w1.mT
+
+
+def titans_pytorch(size: tuple[int, ...], device: torch.device) -> Step:
+    """titans-pytorch's NeuralMemory with the same MLP, activation, gates and momentum."""
+    from titans_pytorch import NeuralMemory
+
+    batch, tokens, heads, width = size
+    memory = NeuralMemory(
+        heads * width,
+        chunk_size=min(TITANS_CHUNK, tokens),
+        heads=heads,
+        dim_head=width,
+        model=SiluMlp(width),
+        pre_rmsnorm=False,
+        qk_rmsnorm=True,
+        activation=nn.SiLU(),
+        mem_model_norm_add_residual=False,
+        default_step_transform_max_lr=0.1,
+    ).to(device, _dtype(device))
+    hidden = random(batch, tokens, heads * width, device=device)
+    return stepper(lambda: memory(hidden)[0], [hidden, *memory.parameters()])
+
+
+def ttt_lm(path: Path, size: tuple[int, ...], device: torch.device) -> Step:
+    """`TTTLinear` of a user's copy of ttt-lm-pytorch's ttt.py: the layer, projections to output."""
+    spec = importlib.util.spec_from_file_location("ttt_lm_pytorch", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
+    spec.loader.exec_module(module)
+    batch, tokens, heads, width = size
+    config = module.TTTConfig(
+        hidden_size=heads * width,
+        num_attention_heads=heads,
+        mini_batch_size=16,
+        intermediate_size=2 * heads * width,
+        num_hidden_layers=1,
+    )
+    theirs = module.TTTLinear(config, layer_idx=0).to(device, _dtype(device))
+    hidden = random(batch, tokens, heads * width, device=device)
+    places = torch.arange(tokens, device=device).expand(batch, -1)
+    return stepper(lambda: theirs(hidden, position_ids=places), [hidden, *theirs.parameters()])
+
+
+def measure(make: Callable[[], Step], graphs: bool, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Milliseconds and peak bytes of one row, or why there are none."""
+    gc.collect()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    where = capture_of(device) if graphs else None  # held: all of a row's graphs share it
+    row: dict[str, Any] = {}
+    try:
+        step = make()
+        for name, backward in (("forward", False), ("both", True)):
+            row[f"{name}_ms"] = 1e3 * median_seconds(functools.partial(step, backward), device, seconds)
+            reset_peak(device)
+            step(backward)
+            row[f"{name}_peak_bytes"] = peak(device) - before if cuda else None
+        if where is not None and where.failed:
+            return {"error": "it can't be captured as CUDA graphs"}
+    except (
+        Exception
+    ) as error:  # of any kind: others' code, kernels that don't compile, memory; it is a row of the table
+        return {"error": first_line(error)}
+    return row
+
+
+def table(report: dict[str, Any]) -> str:
+    """Times, peaks, and each row over its shape's core of the delta rule, with or without graphs as the row itself."""
+    rows = report["rows"]
+    lines = []
+    for name, row in rows.items():
+        if "error" in row:
+            lines.append([name, row["error"]])
+            continue
+        base = baseline(rows, name)
+        cells = [name, f"{row['forward_ms']:.3f}", f"{row['both_ms']:.3f}"]
+        cells += [f"{row[key] / base[key]:.2f}" if base else "-" for key in ("forward_ms", "both_ms")]
+        bytes_ = row["both_peak_bytes"]
+        lines.append([*cells, "-" if bytes_ is None else f"{bytes_ / 2**20:,.0f}"])
+    return markdown(("row", "fwd ms", "fwd+bwd ms", "fwd, x core", "fwd+bwd, x core", "peak MiB"), lines)
+
+
+def baseline(rows: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """fla's core of the delta rule where it was measured, else the chunkwise one, at the shape of a row."""
+    end = " graphs" if name.endswith(" graphs") else ""
+    for backend in ("fla", "chunkwise"):
+        found: dict[str, Any] = rows.get(f"{name.split()[0]} core delta {backend}{end}", {"error": ""})
+        if "error" not in found:
+            return found
+    return None
+
+
+def check(options: argparse.Namespace, device: torch.device) -> dict[str, list[str]]:
+    """Reads, states and gradients of every backend against the plain loop in fp64: |x - exact| / |exact|, the worst.
+
+    Beside it stands the error of the loop in the backend's own precision. A backend that is more than three times as
+    far off is WRONG.
+    """
+    rows: dict[str, list[str]] = {}
+    for width in (8, 16) if options.tiny else CHECKED:
+        for rule in ("delta", "gated_delta", "titans"):
+            results = _titans_results if rule == "titans" else functools.partial(_delta_results, rule == "gated_delta")
+            outcome = functools.partial(results, (2, options.tokens, 1, width), device)
+            first, *others = ("loop", "torch", "triton") if rule == "titans" else ("naive", "chunkwise", "fla")
+            exact = outcome(first, torch.float64)
+            loop = _error(outcome(first, _dtype(device)), exact)
+            rows[f"{width} {rule} {first}"] = [f"{loop:.1e}", f"{loop:.1e}"]
+            for backend in others:
+                try:
+                    error = _error(outcome(backend, _dtype(device)), exact)
+                except TitansError as reason:  # not for this width, device or dtype
+                    rows[f"{width} {rule} {backend}"] = [f"can't: {first_line(reason)}"]
+                    continue
+                verdict = "right" if error <= 3 * loop + 1e-3 else "WRONG"
+                rows[f"{width} {rule} {backend}"] = [f"{error:.1e}", f"{loop:.1e}", verdict]
+    return rows
+
+
+def _delta_results(
+    gated: bool, size: tuple[int, ...], device: torch.device, backend: str, dtype: torch.dtype
+) -> list[Tensor]:
+    config = DeltaConfig(dim=size[3], backend=backend)  # type: ignore[arg-type]
+    given = []
+    for name, value in delta_inputs(gated, size, torch.device("cpu")).items():
+        wide = torch.promote_types(dtype, torch.float32) if name in ("step", "log_keep", "state") else dtype
+        given.append(None if value is None else value.detach().to(device, wide).requires_grad_())
+    reads, state = backends.delta_rule(config, *given)  # type: ignore[arg-type]
+    return _with_gradients([reads, state], [t for t in given if t is not None])
+
+
+def _titans_results(size: tuple[int, ...], device: torch.device, backend: str, dtype: torch.dtype) -> list[Tensor]:
+    memory = make_memory(size[3], preset("titans", dim=size[3]), 0)
+    memory = memory.to(device, torch.promote_types(dtype, torch.float32))
+    hidden = random(*size[:2], size[3], device=torch.device("cpu")).detach().to(device, dtype).requires_grad_()
+    with kernels.choice(backend):
+        read, state, _ = memory(hidden, None, None, None, WRITE)
+        matrices = [state[name] for name in sorted(state) if name[0] in "ws"]
+        return _with_gradients([read, *matrices], [hidden, *memory.parameters()])
+
+
+def _with_gradients(made: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """What was made, and the gradients of a sum that weighs its numbers differently; all in fp64."""
+    total = sum((t * torch.linspace(0, 1, t.shape[-1], dtype=t.dtype, device=t.device)).sum().double() for t in made)
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True)  # type: ignore[arg-type]
+    return [t.detach().double() for t in (*made, *gradients) if t is not None]
+
+
+def _error(found: list[Tensor], exact: list[Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(found, exact, strict=True))
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_layer", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rows", nargs="+", default=[], metavar="TEXT", help="rows whose name contains one of these")
+    parser.add_argument("--check", action="store_true", help="results against the loop in fp64, in place of times")
+    parser.add_argument("--batch", type=many, help="samples of a call (default: 4)")
+    parser.add_argument("--tokens", type=many, help="of a sample (default: 4096; with --check 512)")
+    parser.add_argument("--ttt-lm", type=Path, metavar="FILE", help="a copy of ttt-lm-pytorch's ttt.py")
+    parser.add_argument("--seconds", type=float, default=0.3, help="to repeat a measurement for (default: 0.3)")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
+    parser.add_argument("--out", type=Path, help="write the report as JSON after every row")
+    options = parser.parse_args(argv)
+    options.batch = options.batch or (2 if options.tiny else 4)
+    options.tokens = options.tokens or (2 * TITANS_CHUNK if options.tiny else 512 if options.check else 4096)
+    if options.tokens % min(TITANS_CHUNK, options.tokens):
+        parser.error(f"--tokens is {options.tokens}; it must be a multiple of {TITANS_CHUNK}, or below it")
+    if options.ttt_lm is not None and not options.ttt_lm.is_file():
+        parser.error(f"--ttt-lm {options.ttt_lm} is not a file; expected ttt-lm-pytorch's ttt.py")
+    return options
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

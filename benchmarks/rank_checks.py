@@ -1,10 +1,10 @@
-"""Do two ranks work together on this machine: what `make test` checks over gloo, here on its GPUs over NCCL.
+"""What only whole runs show about several ranks on this machine's GPUs: checkpoints that other numbers go on from.
 
     python -m benchmarks.rank_checks --corpus PACKED --work DIR --out checks.json
 
-A short run of the shipped base with a memory, and around it: preflight; losses of two ranks against one; a checkpoint
-of two ranks that one goes on from, and the other way round; a rank that freezes; a sweep of two trials, one GPU each.
-One table; a check that fails is a row of it. PACKED is a corpus in the base's tokens (data_prep.pack_corpus).
+Short runs of the shipped base with a memory: a checkpoint of two ranks that one goes on from, and the other way round;
+and a rank that freezes, which the other notices. `make test` checks the same over gloo. Losses of several ranks, and
+their speed, are benchmarks.ranks'. PACKED is a corpus in the base's tokens (data_prep.pack_corpus).
 """
 
 from __future__ import annotations
@@ -24,13 +24,10 @@ import psutil
 import torch
 import yaml
 
-from benchmarks.program import run, save
-from launch.demo_stages import SHIPPED, launcher
-from launch.sweeping.processes import kill_tree
-from launch.sweeping.results import read_results
-from launch.sweeping.study import Study
-from titans_ds.training.packed import open_corpus
-from titans_ds.training.run_folder import versions
+from benchmarks.program import kill_tree, new_report, save, table
+from launch.stages.demo import SHIPPED, launcher
+from titans_ds.program import program
+from titans_ds.training.data.packed import open_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 HALF, STEPS = 6, 12
@@ -38,13 +35,13 @@ HEARTBEAT = 10  # seconds
 SETTINGS: dict[str, Any] = {
     "model": {"base": str(SHIPPED)},
     "data": {"num_lanes": 4},
-    "graft": {"layers": [11], "segment_tokens": 256, "memory": {"dim": 256, "write": "token", "token_shift": True}},
+    "graft": {"layers": [11], "segment_tokens": 256, "memory": {"preset": "delta", "dim": 256}},
     "training": {"steps": STEPS, "window": 2},
     "optimizer": {"warmup_steps": 2},
     "evaluation": {"interval": 0},
     "checkpoint": {"interval": HALF, "keep": 9},
     "deepspeed": "ds_configs/zero2.json",
-    "run": {"tensorboard": False},
+    "run": {"trackers": []},
 }
 
 
@@ -52,12 +49,16 @@ class CheckError(Exception):
     """What a check found wrong."""
 
 
-def main() -> int:
-    """Run the program; returns its exit code."""
-    return run(measure, table, _options())
+@program("--out has the checks that were made")
+def main(argv: list[str]) -> int:
+    """Run the program; returns its exit code, 1 where a check fails."""
+    report = measure(_options(argv), argv)
+    rows = ([name, row["verdict"], row["found"], str(row["seconds"])] for name, row in report["rows"].items())
+    print(f"{report['gpus']} x {report['device']}\n\n{table(('check', '', 'found', 'seconds'), rows)}")
+    return int(any(row["verdict"] != "good" for row in report["rows"].values()))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """All checks, one after the other. Raises TitansError where the corpus is none."""
     open_corpus(options.corpus)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -65,31 +66,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     data = {**SETTINGS["data"], "corpus": str(options.corpus.resolve())}
     config.write_text(yaml.safe_dump({**SETTINGS, "data": data}))
     checks = Checks(options.work.resolve(), config.resolve(), options.zero)
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "gpus": torch.cuda.device_count(),
-        "command": " ".join(["python -m benchmarks.rank_checks", *sys.argv[1:]]),
-        "versions": versions(),
-        "checks": {},
-    }
+    report = new_report("rank_checks", argv, torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.out)
     for name in options.checks:
         start = time.perf_counter()
         try:
-            found, good = CHECKS[name](checks), True
+            found, verdict = CHECKS[name](checks), "good"
         except CheckError as error:
-            found, good = str(error), False
-        report["checks"][name] = {"good": good, "found": found, "seconds": round(time.perf_counter() - start, 1)}
-        print(name, report["checks"][name], file=sys.stderr, flush=True)
+            found, verdict = str(error), "WRONG"
+        seconds = round(time.perf_counter() - start, 1)
+        report["rows"][name] = {"verdict": verdict, "found": found, "seconds": seconds}
+        print(name, report["rows"][name], file=sys.stderr, flush=True)
         save(report, options.out)
     return report
-
-
-def table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table."""
-    lines = [f"{report['gpus']} x {report['device']}", "", "| check | | found | seconds |", "|---|---|---|---|"]
-    for name, check in report["checks"].items():
-        lines.append(f"| {name} | {'good' if check['good'] else '**wrong**'} | {check['found']} | {check['seconds']} |")
-    return "\n".join(lines)
 
 
 class Checks:
@@ -98,26 +86,11 @@ class Checks:
     Args:
         work: folder of everything made.
         config: of the runs.
-        stages: ZeRO stages to compare and to resume at.
+        stages: ZeRO stages to resume at.
     """
 
     def __init__(self, work: Path, config: Path, stages: list[int]) -> None:
         self.work, self.config, self.stages = work, config, stages
-
-    def preflight(self) -> str:
-        """Every check that preflight makes before a run."""
-        out = self._call(
-            [*launcher(2), "launch/preflight.py", "--config", str(self.config), "--run.dir", self._fresh("p")]
-        )
-        return next(line.strip() for line in reversed(out.splitlines()) if "READY" in line)
-
-    def equal(self) -> str:
-        """Losses of two ranks against one's, at every step."""
-        one = self._losses(self._train("one", 1, 0))
-        return "; ".join(
-            f"ZeRO-{stage}: {_compare(one, self._losses(self._train(f'two{stage}', 2, stage)), STEPS)}"
-            for stage in self.stages
-        )
 
     def two_to_one(self) -> str:
         """One rank goes on from a checkpoint of two."""
@@ -153,19 +126,6 @@ class Checks:
         if seconds > 60:
             raise CheckError(f"it took {seconds:.0f} s")
         return f"the launcher ended after {seconds:.0f} s (limit {HEARTBEAT} s of silence)"
-
-    def sweep(self) -> str:
-        """Two trials side by side, one GPU each where there are GPUs."""
-        study, space = Path(self._fresh("study")), self.work / "space.yaml"
-        values = {"metric": {"name": "train.loss"}, "parameters": {"optimizer.lr": [1e-3, 3e-3]}}
-        space.write_text(yaml.safe_dump({"config": str(self.config), "settings": {"deepspeed": None}, **values}))
-        self._call([sys.executable, "launch/sweep.py", "--space", str(space), "--study", str(study), "--slots", "2"])
-        results = read_results(Study(study))
-        if [r.state for r in results] != ["complete", "complete"]:
-            raise CheckError(f"the trials ended {[r.state for r in results]}")
-        spans = [_span(r.trial.run) for r in results]
-        together = min(end for _, end in spans) - max(begin for begin, _ in spans)
-        return f"both complete, on {', '.join(r.place for r in results)}; {together:.0f} s side by side"
 
     def _resume(self, before: int, after: int) -> str:
         found = []
@@ -206,12 +166,9 @@ class Checks:
 
 
 CHECKS: dict[str, Callable[[Checks], str]] = {
-    "preflight": Checks.preflight,
-    "equal": Checks.equal,
     "two_to_one": Checks.two_to_one,
     "one_to_two": Checks.one_to_two,
     "frozen_rank": Checks.frozen_rank,
-    "sweep": Checks.sweep,
 }
 
 
@@ -239,19 +196,14 @@ def _rank(process: subprocess.Popen[str], number: int) -> psutil.Process:
     return next(p for p in children if f"--local_rank={number}" in p.cmdline())
 
 
-def _span(run_dir: Path) -> tuple[float, float]:
-    """First and last moment of a run: when its configuration and its last metrics were written."""
-    return (run_dir / "config.yaml").stat().st_mtime, (run_dir / "metrics.jsonl").stat().st_mtime
-
-
-def _options() -> argparse.Namespace:
+def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="a corpus packed with the shipped base's tokenizer")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--zero", type=int, nargs="+", default=[1, 2, 3], help="stages to compare (default: 1 2 3)")
+    parser.add_argument("--zero", type=int, nargs="+", default=[1, 2, 3], help="stages to resume at (default: 1 2 3)")
     parser.add_argument("--checks", nargs="+", choices=list(CHECKS), default=list(CHECKS), metavar="CHECK")
     parser.add_argument("--out", type=Path, help="write the report as JSON after every check")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -3,25 +3,19 @@
     python -m benchmarks.ranks --out ranks.json                                   # tiny, on the CPU (gloo) or the GPUs
     python -m benchmarks.ranks --base qwen3.5-9b-random --dtype bfloat16 --tokens 4096 --checkpointing --out ranks.json
 
-Rows with as many ranks share a launch through `deepspeed`, one engine after the other; a row that fails there is tried
-once more in a launch of its own, and where it fails again it is a row of the table that says so. `one` has one lane on
-one rank, what a second GPU's speed is held against; `same` has all lanes on one rank, what the losses are held against.
+Every row is a launch of its own through `deepspeed`; one that fails says so in the table. `one` has one lane on one
+rank, what a second GPU's speed is held against; `same` has all lanes on one rank, what the losses are held against.
 Rows named 4lanes have four lanes a rank.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,17 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launcher 
 
 import torch
 
-from benchmarks.program import save
-from benchmarks.train_step import RandomLanes, add_base, load_base, model_settings, now, peak, reset_peak
-from launch.demo_stages import launcher
-from launch.sweeping.processes import kill_tree
-from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
-from titans_ds.errors import TitansError
+from benchmarks.program import kill_tree, many, new_report, now, peak, reset_peak, save
+from benchmarks.program import table as markdown
+from benchmarks.train_step import RandomLanes, add_base, load_base, model_settings
+from launch.stages.demo import launcher
+from titans_ds import preset
+from titans_ds.config import GraftConfig, LoraSettings
+from titans_ds.memory.registry import PRESETS
+from titans_ds.program import program
 from titans_ds.training import build, ranks
-from titans_ds.training.lanes import Step
-from titans_ds.training.module import Mode
+from titans_ds.training.data.lanes import Step
 from titans_ds.training.optimizer import make_optimizer
-from titans_ds.training.run_folder import versions
 from titans_ds.training.settings import DataSettings, OptimizerSettings, TrainConfig, TrainingSettings
 from titans_ds.training.step import Carried, commit, run_passes
 from titans_ds.zero.config import complete_config
@@ -84,104 +78,57 @@ CASES = {
 }
 
 
-def main() -> int:
+@program("--out has the rows that were measured")
+def main(argv: list[str]) -> None:
     """Run the program, or as one of its ranks one row; returns the exit code."""
-    options = _options()
-    try:
-        if options.cases:
-            measure(options)
-        else:
-            print(table(collect(options)))
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = _options(argv)
+    if options.case:
+        measure(options)
+    else:
+        print(table(collect(options, argv)))
 
 
-def collect(options: argparse.Namespace) -> dict[str, Any]:
-    """Launch the rows, those with as many ranks together; what is there is saved after each launch."""
-    rows = {} if options.known is None else known_rows(options.known)
-    report = {"rows": rows, "command": " ".join(["python -m benchmarks.ranks", *sys.argv[1:]]), "versions": versions()}
-    pending = [name for name in options.rows or CASES if name not in rows]
-    while pending:
-        group = [name for name in pending if CASES[name].ranks == CASES[pending[0]].ranks]
-        found, failed = launch(group, options)
-        if not found:  # alone in a fresh process, or the first of one: it is not for want of room
-            found = {group[0]: {"error": failed}}
-        rows |= found
-        pending = [name for name in pending if name not in found]
+def collect(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """Every row, in a launch of its own; the report is saved after each."""
+    report = new_report("ranks", argv, torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.out)
+    for name in options.rows or CASES:
+        report["rows"][name] = launch(name, options.row_seconds, argv)
+        print(name, report["rows"][name], file=sys.stderr, flush=True)
         save(report, options.out)
-    report["rows"] = {name: rows[name] for name in CASES if name in rows}  # in their order
-    save(report, options.out)
     return report
 
 
-def known_rows(path: Path) -> dict[str, Any]:
-    """The rows of a report. Raises TitansError where the file is none."""
-    try:
-        rows: dict[str, Any] = json.loads(path.read_text())["rows"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TitansError(
-            f"--known {path} is no report of benchmarks.ranks ({error}); give what --out wrote"
-        ) from error
-    return {name: row for name, row in rows.items() if name in CASES}
-
-
-def launch(names: list[str], options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The rows of one launch, as far as it came, and the end of what it said."""
-    with tempfile.TemporaryDirectory() as text:
-        folder = Path(text)
-        command = [*launcher(CASES[names[0]].ranks), str(Path(__file__).resolve()), *sys.argv[1:]]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [*command, "--cases", *names, "--folder", text], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-            )
-            found = _await_rows(process, folder, names, options.row_seconds)
-        said = (folder / "log").read_bytes().decode(errors="replace").strip()[-2000:]
-    if process.returncode == -signal.SIGKILL:
-        said += f"\ngave up: no row within {options.row_seconds} s"
-    return found, said
-
-
-def _await_rows(process: subprocess.Popen[bytes], folder: Path, names: list[str], row_seconds: float) -> dict[str, Any]:
-    """Rows as they come; a launch that makes none for too long is ended, with all its ranks."""
-    found: dict[str, Any] = {}
-    last = time.monotonic()
-    try:
-        while process.poll() is None and time.monotonic() - last < row_seconds:
-            time.sleep(0.2)
-            if _new_rows(folder, names, found):
-                last = time.monotonic()
-    finally:
-        kill_tree(process.pid)
-        process.wait()
-    _new_rows(folder, names, found)
-    return found
-
-
-def _new_rows(folder: Path, names: list[str], found: dict[str, Any]) -> bool:
-    new = [name for name in names if name not in found and (folder / f"{name}.json").is_file()]
-    for name in new:
-        found[name] = json.loads((folder / f"{name}.json").read_text())
-        print(name, {k: v for k, v in found[name].items() if k != "losses"}, file=sys.stderr, flush=True)
-    return bool(new)
+def launch(name: str, row_seconds: float, argv: list[str]) -> dict[str, Any]:
+    """The row that rank 0 writes; where there is none, the end of what its ranks said."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        command = [*launcher(CASES[name].ranks), str(Path(__file__).resolve()), *argv, "--case", name]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            [*command, "--row-file", str(out)], cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            said, _ = process.communicate(timeout=row_seconds)
+        except subprocess.TimeoutExpired:
+            said = f"gave up: no row within {row_seconds} s"
+        finally:  # the launcher, and all its ranks
+            kill_tree(process.pid)
+            process.wait()
+        row: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"error": said.strip()[-2000:]}
+        return row
 
 
 def measure(options: argparse.Namespace) -> None:
-    """As one rank: the rows of this launch, each written by rank 0."""
+    """As one rank: train a few steps; rank 0 writes the row."""
     start_ranks()
-    for name in options.cases:
-        row = measure_case(options, CASES[name], local_device())
-        if ranks.rank() == 0:
-            save(row, options.folder / f"{name}.json")
-        gc.collect()  # engine and model refer to each other
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    row = measure_case(options, CASES[options.case], local_device())
+    if ranks.rank() == 0:
+        save(row, options.row_file)
     stop_ranks()
 
 
 def measure_case(options: argparse.Namespace, case: Case, device: torch.device) -> dict[str, Any]:
-    """Train a few steps; the row, on every rank."""
+    """The row, on every rank."""
     engine, config = make_engine(options, case, device)
     lanes = RankLanes(case.lanes, options.tokens, build.vocabulary_of(engine.module.model.base_model))
     carried, seconds, losses, world = Carried(), [], [], ranks.world_size()
@@ -189,7 +136,7 @@ def measure_case(options: argparse.Namespace, case: Case, device: torch.device) 
         if step == options.warmup:
             reset_peak(device)
         start = now(device)
-        passes = run_passes(engine, lanes, carried, config.training, world, Mode(write=True))
+        passes = run_passes(engine, lanes, carried, config.training, world)
         commit(passes, carried)
         engine.step(options.lr, skip=False)
         seconds += [now(device) - start] * (step >= options.warmup)
@@ -201,8 +148,7 @@ def measure_case(options: argparse.Namespace, case: Case, device: torch.device) 
         "peak_gib": max(ranks.gather(peak(device))) / 2**30,
         "optimizer_bytes": ranks.gather(engine.optimizer_state_bytes()),
         "parameter_bytes": ranks.gather(parameter_bytes(engine)),
-        "communication_share": communication_share(engine, lanes, carried, config, device, options.profile),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "communication_share": communication_share(engine, lanes, carried, config, device),
     }
     engine.close()
     return row
@@ -228,7 +174,7 @@ def make_engine(
     """The row's engine; random weights are drawn on the device, the same on every rank."""
     config = _config(options, case)
     with device:
-        base = load_base(config, int((config.model.architecture or {}).get("vocab_size", 0)))
+        base = load_base(config.model)
     module = build.make_module(base.to(device), config)
     settings = complete_config(
         {"zero_optimization": {"stage": case.stage}},
@@ -249,42 +195,22 @@ def parameter_bytes(engine: DeepSpeedEngine[Any]) -> int:
 
 
 def communication_share(
-    engine: DeepSpeedEngine[Any],
-    lanes: RankLanes,
-    carried: Carried,
-    config: TrainConfig,
-    device: torch.device,
-    table: Path | None,
+    engine: DeepSpeedEngine[Any], lanes: RankLanes, carried: Carried, config: TrainConfig, device: torch.device
 ) -> float | None:
-    """Share of one step's time in which an NCCL kernel ran, seen by the profiler; None without a GPU.
-
-    What the profiler saw is added to the file `table`, by kernel.
-    """
+    """Share of one step's time in which an NCCL kernel ran, seen by the profiler; None without a GPU."""
     if device.type != "cuda":
         return None
-    with _profiler() as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         start = now(device)
-        passes = run_passes(engine, lanes, carried, config.training, ranks.world_size(), Mode(write=True))
+        passes = run_passes(engine, lanes, carried, config.training, ranks.world_size())
         commit(passes, carried)
         engine.step(1e-4, skip=False)
         seconds = now(device) - start
-    if table is not None and ranks.rank() == 0:
-        with table.open("a") as file:
-            print(f"{seconds:.3f} s a step\n{profile.key_averages().table('self_device_time_total', 50)}", file=file)
     nccl = sum(event.device_time_total for event in profile.key_averages() if "nccl" in event.key.lower())
     return nccl / 1e6 / seconds
 
 
-@contextmanager
-def _profiler() -> Iterator[torch.profiler.profile]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        yield profile
-
-
 def _config(options: argparse.Namespace, case: Case) -> TrainConfig:
-    tiny = options.base == "tiny"
-    second: dict[str, Any] = {"learn_step_size": True, "key_projection": "learned", "value_projection": "learned"}
-    memory = MemoryConfig(dim=64 if tiny else 512, **(second if case.order == "second" else {}))
     training = TrainingSettings(
         order=case.order,  # type: ignore[arg-type]
         window=options.window,
@@ -295,7 +221,7 @@ def _config(options: argparse.Namespace, case: Case) -> TrainConfig:
     return TrainConfig(
         model=model_settings(options.base, options.dtype),
         data=DataSettings(corpus="random tokens", num_lanes=case.lanes),
-        graft=GraftConfig(segment_tokens=options.tokens, memory=memory),
+        graft=GraftConfig(segment_tokens=options.tokens, memory=preset(options.preset)),
         lora=LoraSettings(rank=64) if case.lora else None,
         training=training,
     )
@@ -303,49 +229,43 @@ def _config(options: argparse.Namespace, case: Case) -> TrainConfig:
 
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown: losses against `same`, speed against `one`, of the same kind of training."""
-    lines = [
-        "| row | loss off by | tokens/s | x one rank | peak GiB | optimizer MiB | parameters GiB | communication |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    rows = report["rows"]
+    rows, lines = report["rows"], []
     for name, row in rows.items():
         if "error" in row:
-            lines.append(
-                f"| {name} | failed: {row['error'].splitlines()[-1][:80] if row['error'] else '?'} |" + " |" * 6
-            )
+            lines.append([name, f"failed: {(row['error'].splitlines() or ['?'])[-1][:80]}"])
             continue
         kind = next((f"-{k}" for k in ("second", "lora", "4lanes") if k in name), "")
         same, one = rows.get(f"same{kind}", {}), rows.get(f"one{kind}", {})
         off = [abs(a - b) for a, b in zip(row["losses"], same.get("losses", []), strict=False)]
         speed = row["tokens_per_second"]
-        ratio = f"{speed / one['tokens_per_second']:.3f}" if "tokens_per_second" in one else "-"
-        share = "-" if row["communication_share"] is None else f"{row['communication_share']:.1%}"
-        cells = [f"{max(off):.2e}" if off and not name.startswith("one") else "-", f"{speed:,.0f}", ratio]
+        cells = [f"{max(off):.2e}" if off and not name.startswith("one") else "-", f"{speed:,.0f}"]
+        cells += [f"{speed / one['tokens_per_second']:.3f}" if "tokens_per_second" in one else "-"]
         cells += [f"{row['peak_gib']:.2f}", f"{max(row['optimizer_bytes']) / 2**20:.2f}"]
-        cells += [f"{max(row['parameter_bytes']) / 2**30:.3f}", share]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        share = row["communication_share"]
+        cells += [f"{max(row['parameter_bytes']) / 2**30:.3f}", "-" if share is None else f"{share:.1%}"]
+        lines.append([name, *cells])
+    columns = ("row", "loss off by", "tokens/s", "x one rank", "peak GiB", "optimizer MiB", "parameters GiB")
+    return f"{report['gpus']} x {report['device']}\n\n" + markdown((*columns, "communication"), lines)
 
 
-def _options() -> argparse.Namespace:
+def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_base(parser)
-    parser.add_argument("--tokens", type=int, default=128, help="of a segment")
-    parser.add_argument("--loss-chunk-tokens", type=int, default=2048, help="see training.loss_chunk_tokens")
-    parser.add_argument("--window", type=int, default=4, help="segments of every lane in a step")
+    parser.add_argument("--preset", choices=list(PRESETS), default="delta", help="of the memory (default: delta)")
+    parser.add_argument("--tokens", type=many, default=128, help="of a segment")
+    parser.add_argument("--loss-chunk-tokens", type=many, default=2048, help="see training.loss_chunk_tokens")
+    parser.add_argument("--window", type=many, default=4, help="segments of every lane in a step")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=many, default=3)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rows", nargs="+", choices=sorted(CASES), metavar="ROW", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--known", type=Path, help="a report of other rows, made on this machine: take them from there")
     parser.add_argument("--row-seconds", type=float, default=240, help="give a row up after this")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="add what the profiler saw of a step of every row")
-    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=sorted(CASES), help=argparse.SUPPRESS)  # as one rank of this row
+    parser.add_argument("--row-file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

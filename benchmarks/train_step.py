@@ -2,11 +2,11 @@
 
     python -m benchmarks.train_step                                 # a tiny hybrid, on the CPU or the GPU there is
     python -m benchmarks.train_step --base qwen3.5-9b-random --dtype bfloat16 --lanes 1 --tokens 4096 --compile mlp
-    python -m benchmarks.train_step --base PATH_OR_HUB_ID --rows memory_off memory_on
+    python -m benchmarks.train_step --base PATH_OR_HUB_ID --rows memory_off second_order
 
-Off is the same graft with the same trainable parameters, reading the fixed initial weights and writing nothing. Steps
-with memory on and off alternate, so that what else the machine does falls on both; the other rows follow, each with a
-model of its own, since a large one fits once. The floor is the time that the matrix products of a step with memory
+Off is the same graft with the same trainable parameters, reading its start state and writing nothing. Steps of one
+model alternate, so that what else the machine does falls on both; the other rows follow, each with a model of its own,
+since a large one fits once. The floor is the time that the matrix products of a step with memory
 off, counted by PyTorch, take at the rate of a large product measured in the same run. The report is written after every
 row. Needs no deepspeed.
 """
@@ -14,11 +14,13 @@ row. Needs no deepspeed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import statistics
 import sys
 import time
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +31,25 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.memory_layer import graph_bytes, matmul_rate
-from benchmarks.program import run, save
-from titans_ds.config import GraftConfig, LoraSettings, MemoryConfig
+from benchmarks.program import many, matmul_rate, new_report, now, peak, reset_peak, save
+from benchmarks.program import table as markdown
+from titans_ds import preset
+from titans_ds.config import GraftConfig, LoraSettings
+from titans_ds.memory import READ, Pass
+from titans_ds.program import program
 from titans_ds.training import build
+from titans_ds.training.data.lanes import Step
+from titans_ds.training.data.segments import Batch
 from titans_ds.training.engine import TorchEngine
-from titans_ds.training.lanes import Step
-from titans_ds.training.module import Mode
 from titans_ds.training.optimizer import make_optimizer
-from titans_ds.training.run_folder import versions
-from titans_ds.training.segments import Batch
-from titans_ds.training.settings import DataSettings, ModelSettings, OptimizerSettings, TrainConfig, TrainingSettings
+from titans_ds.training.settings import (
+    DataSettings,
+    ModelSettings,
+    OptimizerSettings,
+    SecondOrder,
+    TrainConfig,
+    TrainingSettings,
+)
 from titans_ds.training.step import Carried, commit, run_passes
 
 TINY = {
@@ -90,45 +100,32 @@ class Cost:
     peak_bytes: int
 
 
-# By name: which model, and what a pass does. Models: the paper's memory; one that learns what to write; LoRA's alone.
-ROWS: dict[str, tuple[str, Mode]] = {
-    "memory_off": ("paper", Mode(write=False)),
-    "memory_on": ("paper", Mode()),
-    "second_order": ("learned", Mode()),
-    "lora": ("lora", Mode(memory=False)),
+Plans = dict[str, Pass | None]  # what the passes of a row do with the memories: None skips them
+# By name: which model, and its plan. Models: a memory at first order, at second order, and LoRA's alone.
+ROWS: dict[str, tuple[str, Pass | None]] = {
+    "memory_off": ("first", READ),
+    "first_order": ("first", Pass()),
+    "second_order": ("second", Pass()),
+    "lora": ("lora", None),
 }
 LORA_RANK = 64
-# Of a memory that second order has something to teach.
-LEARNED: dict[str, Any] = {
-    "write": "token",
-    "learn_step_size": True,
-    "key_projection": "learned",
-    "value_projection": "learned",
-    "output_projection": "learned",
-    "learn_initial_weights": True,
-}
 
 
-def main() -> int:
+@program("--out has the rows that were measured")
+def main(argv: list[str]) -> None:
     """Run the program; returns its exit code."""
-    return run(measure, table, _arguments())
+    print(table(measure(_arguments(argv), argv)))
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Every row, those of one model by turns; ratios over memory off."""
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-    report: dict[str, Any] = {
-        "base": arguments.base,
-        "device": device_name(device),
-        "setting": _setting(arguments),
-        "matmul_flops_per_second": matmul_rate(device, getattr(torch, arguments.dtype)),
-        "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
-        "versions": versions(),
-        "rows": {},
-    }
+    report = new_report("train_step", argv, device, arguments.out) | {"base": arguments.base}
+    report["setting"] = _setting(arguments)
+    report["matmul_flops_per_second"] = matmul_rate(device, getattr(torch, arguments.dtype))
     for model in dict.fromkeys(ROWS[name][0] for name in arguments.rows):
-        modes = {name: ROWS[name][1] for name in arguments.rows if ROWS[name][0] == model}
-        report["rows"] |= measure_model(arguments, model, modes, device, report)
+        plans = {name: ROWS[name][1] for name in arguments.rows if ROWS[name][0] == model}
+        report["rows"] |= measure_model(arguments, model, plans, device, report)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -138,7 +135,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_model(
-    arguments: argparse.Namespace, name: str, modes: dict[str, Mode], device: torch.device, report: dict[str, Any]
+    arguments: argparse.Namespace, name: str, plans: Plans, device: torch.device, report: dict[str, Any]
 ) -> dict[str, Any]:
     """The rows of one model; with memory off, the products of a token as well."""
     config = _config(arguments, name)
@@ -147,12 +144,12 @@ def measure_model(
     try:
         engine = make_engine(config, device)
         lanes = RandomLanes(arguments.lanes, arguments.tokens, build.vocabulary_of(engine.module.model.base_model))
-        if "memory_off" in modes:
+        if "memory_off" in plans:
             once = dataclasses.replace(config.training, window=1)  # a second segment would be replayed
             report["flops_per_token"] = count(engine, lanes, once, device) / (arguments.lanes * arguments.tokens)
-        costs = alternate(engine, lanes, config.training, arguments.warmup, arguments.steps, device, modes)
+        costs = alternate(engine, lanes, config.training, arguments.warmup, arguments.steps, device, plans)
     except torch.OutOfMemoryError as error:
-        return {row: {"failure": str(error).splitlines()[0]} for row in modes}
+        return {row: {"failure": str(error).splitlines()[0]} for row in plans}
     trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
     return {row: figures(found, tokens) | {"trained_parameters": trained} for row, found in costs.items()}
 
@@ -164,14 +161,14 @@ def alternate(
     warmup: int,
     steps: int,
     device: torch.device,
-    modes: dict[str, Mode],
+    plans: Plans,
 ) -> dict[str, list[Cost]]:
     """Steps of every kind, by turns; those of the warm-up don't count."""
-    carried = {name: Carried() for name in modes}
-    measured: dict[str, list[Cost]] = {name: [] for name in modes}
+    carried = {name: Carried() for name in plans}
+    measured: dict[str, list[Cost]] = {name: [] for name in plans}
     for step in range(warmup + steps):
-        for name, mode in modes.items():
-            cost = one_step(engine, lanes, carried[name], settings, mode, device)
+        for name, plan in plans.items():
+            cost = one_step(engine, lanes, carried[name], settings, plan, device)
             measured[name] += [cost] * (step >= warmup)
     return measured
 
@@ -181,14 +178,15 @@ def one_step(
     lanes: RandomLanes,
     carried: Carried,
     settings: TrainingSettings,
-    mode: Mode,
+    plan: Pass | None,
     device: torch.device,
 ) -> Cost:
     """One optimizer step."""
     gc.collect()
     reset_peak(device)
     start = now(device)
-    passes = run_passes(engine, lanes, carried, settings, 1, mode)
+    with contextlib.nullcontext() if plan else engine.module.ablated():
+        passes = run_passes(engine, lanes, carried, settings, 1, plan or READ)
     issued = time.perf_counter() - start
     commit(passes, carried)
     bool(torch.isfinite(passes.loss_sum))  # as the training loop asks, with memory on and off
@@ -204,7 +202,7 @@ def count(engine: TorchEngine, lanes: RandomLanes, settings: TrainingSettings, d
     """
     eager = torch.compiler.set_stance("force_eager")
     with eager, FlopCounterMode(display=False, custom_mapping=attention_flops()) as counter:
-        one_step(engine, lanes, Carried(), settings, Mode(write=False), device)
+        one_step(engine, lanes, Carried(), settings, READ, device)
     return int(counter.get_total_flops())
 
 
@@ -242,42 +240,43 @@ def table(report: dict[str, Any]) -> str:
     if flops := report.get("flops_per_token"):
         floor = report["matmul_flops_per_second"] / flops
         lines += [f"floor {floor:,.0f} tokens/s: {flops / 1e9:.3g} GFLOP a token with memory off", ""]
-    lines += ["| | step, median (s) | tokens/s | over off | share of floor | issued | peak GiB | over off |"]
-    lines += ["|" + "---|" * 8]
+    rows = []
     for name, row in report["rows"].items():
         if "failure" in row:
-            lines.append(f"| {name} | {row['failure']} |" + " |" * 6)
+            rows.append([name, row["failure"]])
             continue
         speed, share, memory = (
             f"{row[key]:.3f}" if key in row else "-"
             for key in ("tokens_per_second_over_off", "share_of_floor", "peak_gib_over_off")
         )
-        cells = [f"{row['median_seconds']:.4f}", f"{row['tokens_per_second']:,.0f}", speed, share]
-        lines.append(
-            f"| {name} | " + " | ".join([*cells, f"{row['issued']:.2f}", f"{row['peak_gib']:.2f}", memory]) + " |"
-        )
-    return "\n".join(lines)
+        cells = [name, f"{row['median_seconds']:.4f}", f"{row['tokens_per_second']:,.0f}", speed, share]
+        rows.append([*cells, f"{row['issued']:.2f}", f"{row['peak_gib']:.2f}", memory])
+    columns = ("row", "step, median (s)", "tokens/s", "over off", "share of floor", "issued", "peak GiB", "over off")
+    return "\n".join([*lines, markdown(columns, rows)])
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0])
     add_base(parser)
-    parser.add_argument("--lanes", type=int, default=2, help="segments side by side (default: 2)")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of a segment (default: 256)")
-    parser.add_argument("--dim", type=int, default=None, help="memory dim (default: 512, or 64 for tiny)")
-    parser.add_argument(
-        "--rows", nargs="+", choices=list(ROWS), metavar="ROW", help=f"{', '.join(ROWS)} (default: all that can be)"
-    )
-    parser.add_argument("--memory-write", choices=("pooled", "token"), default="pooled")
-    parser.add_argument("--window", type=int, default=2, help="segments of every lane in a step (default: 2)")
+    parser.add_argument("--lanes", type=many, default=2, help="segments side by side (default: 2)")
+    parser.add_argument("--tokens", type=many, default=256, help="tokens of a segment (default: 256)")
+    parser.add_argument("--preset", default="delta", help="of the memory, sized for the base (default: delta)")
+    parser.add_argument("--layers", default="auto", help="that have a memory: auto, attention, or indices as 8,12,16")
+    parser.add_argument("--offload-activations", action="store_true", help="activations wait in host memory")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help=f"(default: {', '.join(ROWS)})")
+    parser.add_argument("--window", type=many, default=2, help="segments of every lane in a step (default: 2)")
     parser.add_argument("--compile", choices=("none", "mlp", "layers"), default="none", help="parts of the base")
+    parser.add_argument(
+        "--loss-kernel", choices=("auto", "liger", "chunked"), default="auto", help="see training.loss_kernel"
+    )
+    parser.add_argument("--second-order", choices=typing.get_args(SecondOrder), default="auto", help="way of that row")
     parser.add_argument("--layer-graphs", action="store_true", help="replay frozen layers as CUDA graphs")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
-    parser.add_argument("--steps", type=int, default=10, help="steps of each row that count (default: 10)")
+    parser.add_argument("--steps", type=many, default=10, help="steps of each row that count (default: 10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each row before them (default: 3)")
     parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
     parser.add_argument("--out", type=Path, help="write the report as JSON after every row")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     possible = [name for name in ROWS if name != "second_order" or arguments.window >= 2]
     arguments.rows = arguments.rows or possible
     if not set(arguments.rows) <= set(possible):
@@ -287,20 +286,22 @@ def _arguments() -> argparse.Namespace:
 
 def _config(arguments: argparse.Namespace, name: str) -> TrainConfig:
     """Of one model."""
-    dim = arguments.dim or (64 if arguments.base == "tiny" else 512)
+    layers = [int(i) for i in arguments.layers.split(",")] if arguments.layers[0].isdigit() else arguments.layers
     training = TrainingSettings(
-        order="second" if name == "learned" else "first",
+        order="second" if name == "second" else "first",
+        second_order=arguments.second_order if name == "second" else "auto",
+        loss_kernel=arguments.loss_kernel,
+        offload_activations=arguments.offload_activations,
         window=arguments.window,
         checkpointing=arguments.checkpointing,
         compile=arguments.compile,
         layer_graphs=arguments.layer_graphs,
         loss_chunk_tokens=2048,
     )
-    memory = MemoryConfig(dim=dim, **({"write": arguments.memory_write} if name != "learned" else LEARNED))
     return TrainConfig(
         model=model_settings(arguments.base, arguments.dtype),
         data=DataSettings(corpus="random tokens"),
-        graft=GraftConfig(segment_tokens=arguments.tokens, memory=memory),
+        graft=GraftConfig(layers=layers, segment_tokens=arguments.tokens, memory=preset(arguments.preset)),
         lora=LoraSettings(rank=LORA_RANK) if name == "lora" else None,
         training=training,
         deepspeed=None,
@@ -322,33 +323,29 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 
 def make_engine(config: TrainConfig, device: torch.device) -> TorchEngine:
     """Base, graft and optimizer on a device; random weights are drawn there."""
-    vocab_size = int((config.model.architecture or {}).get("vocab_size", 0))
     with device:
-        base = load_base(config, vocab_size)
+        base = load_base(config.model)
     module = build.make_module(base.to(device), config).to(device)
     return TorchEngine(module, make_optimizer(module, OptimizerSettings()), 1.0, device)
 
 
-def load_base(config: TrainConfig, vocab_size: int) -> nn.Module:
-    """The base model; of random weights with the vocabulary of its architecture where 0 is given."""
-    if vocab_size or config.model.base:
-        return build.load_base(config.model, 0, vocab_size)
-    from transformers import AutoConfig
+def load_base(model: ModelSettings) -> nn.Module:
+    """The base model; of random weights with the vocabulary of its architecture."""
+    vocab_size = 0
+    if model.architecture is not None:
+        from transformers import AutoConfig
 
-    architecture = AutoConfig.for_model(**(config.model.architecture or {}))
-    return build.load_base(config.model, 0, architecture.vocab_size)
-
-
-def device_name(device: torch.device) -> str:
-    """As a report names it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        vocab_size = AutoConfig.for_model(**model.architecture).vocab_size
+    return build.load_base(model, 0, vocab_size)
 
 
 def _setting(arguments: argparse.Namespace) -> str:
     shape = f"{arguments.lanes} lanes x {arguments.tokens} tokens x {arguments.window} segments"
-    ways = [f"compile {arguments.compile}"] + ["frozen layers as graphs"] * arguments.layer_graphs
+    ways = [f"compile {arguments.compile}", f"loss {arguments.loss_kernel}"] + [
+        "frozen layers as graphs"
+    ] * arguments.layer_graphs
     ways += ["with recompute" if arguments.checkpointing else "no recompute"]
-    return f"{arguments.dtype}, {shape}, {arguments.memory_write} write, {', '.join(ways)}"
+    return f"{arguments.dtype}, {shape}, {arguments.preset} on layers {arguments.layers}, {', '.join(ways)}"
 
 
 def figures(costs: list[Cost], tokens: int) -> dict[str, Any]:
@@ -361,34 +358,6 @@ def figures(costs: list[Cost], tokens: int) -> dict[str, Any]:
         "tokens_per_second": tokens / median,
         "peak_gib": max(c.peak_bytes for c in costs) / 2**30,
     }
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def reset_peak(device: torch.device) -> None:
-    """Forget the most memory held so far."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of this process's memory
-
-
-def peak(device: torch.device) -> int:
-    """The most memory held since `reset_peak`, in bytes: of the GPU, with what graphs keep, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) + graph_bytes()
-    if sys.platform != "linux":
-        from titans_ds.training.metrics import peak_host_bytes
-
-        return peak_host_bytes()
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

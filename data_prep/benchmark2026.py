@@ -9,13 +9,18 @@ manifest. How it was made, and how "first released in 2026" was established, sta
 from __future__ import annotations
 
 import argparse
+import sys
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from .console import STDERR, run_program
-from .errors import DataPrepError
-from .output import atomic_folder, read_json, sha256_of
+from titans_ds.errors import DataError
+from titans_ds.files import atomic_file, atomic_folder, check_file, check_folder, sha256_of
+from titans_ds.program import program
+from titans_ds.reading import read_json
+
+from .benchmark.build import BENCHMARK
+from .console import GO_ON, STDERR
 
 ASSET = Path(__file__).parent / "assets" / "benchmark2026" / "benchmark2026.tar.xz"
 
@@ -23,17 +28,15 @@ ASSET = Path(__file__).parent / "assets" / "benchmark2026" / "benchmark2026.tar.
 def unpack(out: Path) -> Path:
     """Unpack the benchmark into folder `out`, unless it is there already, and return `out`.
 
-    Raises DataPrepError where `out` holds something else, or a file's hash is not the manifest's.
+    Raises OutputError where `out` holds something else, DataError where a file's hash is not the manifest's.
     """
-    if out.exists():
-        if not (out / "manifest.json").is_file():
-            raise DataPrepError(f"{out} is there already and is no benchmark folder. Give another --out.")
+    if (check_folder(out, BENCHMARK) / BENCHMARK.marker).exists():
         return out
-    with atomic_folder(out) as folder, tarfile.open(ASSET) as archive:
+    with atomic_folder(out, BENCHMARK) as folder, tarfile.open(ASSET) as archive:
         archive.extractall(folder, filter="data")
-        for name, digest in read_json(folder / "manifest.json")["sha256"].items():
+        for name, digest in read_json(folder / BENCHMARK.marker, dict[str, Any])["sha256"].items():
             if sha256_of(folder / name) != digest:
-                raise DataPrepError(f"{ASSET}: {name} is damaged. Install the package again.")
+                raise DataError(f"{ASSET}: {name} is damaged. Install the package again.")
     return out
 
 
@@ -41,9 +44,13 @@ def pack(folder: Path, target: Path) -> None:
     """Write a benchmark folder as .tar.xz, the same bytes for the same files."""
     import lzma
 
+    check_file(target, rb"\A\xfd7zXZ")
+    if not (folder / BENCHMARK.marker).is_file():
+        raise DataError(f"{folder} has no {BENCHMARK.marker}; expected a folder that data_prep.build_benchmark wrote.")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with (
-        lzma.open(target, "wb", preset=9 | lzma.PRESET_EXTREME) as stream,
+        atomic_file(target) as temporary,
+        lzma.open(temporary, "wb", preset=9 | lzma.PRESET_EXTREME) as stream,
         tarfile.open(fileobj=stream, mode="w") as tar,
     ):
         for path in files:
@@ -53,7 +60,8 @@ def pack(folder: Path, target: Path) -> None:
                 tar.addfile(info, handle)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@program(GO_ON)
+def main(arguments: list[str]) -> None:
     """Run the program with these arguments (default: the command line's)."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.benchmark2026", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="where to unpack it")
@@ -67,4 +75,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(main())

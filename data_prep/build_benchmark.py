@@ -10,14 +10,16 @@ files as they are (OUT/as_is) and, with --rename, with the repository's own name
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
 from pathlib import Path
+
+from titans_ds.program import program, some_text, whole_number
 
 from .benchmark.build import BenchmarkSettings, build_benchmark
 from .benchmark.languages import LANGUAGES
 from .benchmark.retrieval import BM25, Embeddings, Ranker
 from .benchmark.sample_filters import SampleLimits
-from .console import STDERR, command_line, run_program
+from .console import GO_ON, STDERR, command_line
 from .licenses import allow_list
 from .settings import CorpusSettings
 from .sources import ArchiveFolder, InstalledPackages, RepositoryFolders, Source
@@ -27,21 +29,33 @@ def _parser() -> argparse.ArgumentParser:
     limits = SampleLimits()
     parser = argparse.ArgumentParser(prog="python -m data_prep.build_benchmark", description=__doc__.split("\n\n")[0])
     sources = parser.add_argument_group("source").add_mutually_exclusive_group(required=True)
-    sources.add_argument("--archives", metavar="DIR", help="a folder of wheels, sdists or other archives")
-    sources.add_argument("--folders", metavar="DIR", help="a folder with one folder for each repository")
+    sources.add_argument(
+        "--archives", type=some_text, metavar="DIR", help="a folder of wheels, sdists or other archives"
+    )
+    sources.add_argument(
+        "--folders", type=some_text, metavar="DIR", help="a folder with one folder for each repository"
+    )
     sources.add_argument("--installed", action="store_true", help="the Python packages of this environment")
-    parser.add_argument("--repo-depth", type=int, default=1, help="2: --folders DIR holds OWNER/NAME")
+    parser.add_argument("--repo-depth", type=whole_number(1, 16), default=1, help="2: --folders DIR holds OWNER/NAME")
     parser.add_argument("--out", type=Path, required=True, help="the benchmark folder to write (replaced if there)")
+    many = whole_number(1, 10**9)
     parser.add_argument("--language", choices=sorted(LANGUAGES), default="python")
     parser.add_argument("--licenses", default="", metavar="SPDX", help="allow-list, or `permissive`; unknown ones go")
-    parser.add_argument("--retrieval", default="bm25", metavar="bm25|MODEL", help="or an encoder's folder or Hub id")
+    parser.add_argument(
+        "--retrieval", type=some_text, default="bm25", metavar="bm25|MODEL", help="or an encoder's folder or Hub id"
+    )
     parser.add_argument("--rename", action="store_true", help="also write a copy with the repository's names changed")
-    parser.add_argument("--max-samples", type=int, help="choose so many (default: all)")
-    parser.add_argument("--min-files", type=int, default=3, help="per repository (default %(default)s)")
+    parser.add_argument("--max-samples", type=many, help="choose so many (default: all)")
+    parser.add_argument("--min-files", type=many, default=3, help="per repository (default %(default)s)")
     for name, help_text in _LIMITS.items():
         option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=int, default=getattr(limits, name), help=f"{help_text} (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice and of the new names")
+        parser.add_argument(
+            option,
+            type=whole_number(0, 10**9),
+            default=getattr(limits, name),
+            help=f"{help_text} (default %(default)s)",
+        )
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, help="of the choice and of the new names")
     return parser
 
 
@@ -56,14 +70,15 @@ _LIMITS = {
 
 
 def _source(options: argparse.Namespace) -> Source:
+    if options.installed:
+        return InstalledPackages()
     if options.archives:
         return ArchiveFolder(options.archives)
-    if options.folders:
-        return RepositoryFolders(options.folders, options.repo_depth)
-    return InstalledPackages()
+    return RepositoryFolders(options.folders, options.repo_depth)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@program(GO_ON)
+def main(arguments: list[str]) -> None:
     """Run the program with these arguments (default: the command line's)."""
     options = _parser().parse_args(arguments)
     licenses = allow_list(options.licenses)
@@ -84,4 +99,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(main())

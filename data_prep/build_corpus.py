@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Any
 
-from .console import STDERR, command_line, run_program
-from .corpus import build, build_shard, work_folder
+from titans_ds.files import check_folder, unfinished
+from titans_ds.program import program, real_number, some_text, whole_number
+
+from .console import GO_ON, STDERR, command_line
+from .corpus.build import build, build_shard
 from .errors import DataPrepError
 from .licenses import allow_list
 from .settings import ORDERS, CorpusSettings
+from .shards import CORPUS
 from .sources import (
     ArchiveFolder,
     InstalledPackages,
@@ -35,19 +39,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_prep.build_corpus", description=__doc__.split("\n\n")[0])
     sources = parser.add_argument_group("source").add_mutually_exclusive_group(required=True)
     sources.add_argument("--installed", action="store_true", help="the Python packages of this environment")
-    sources.add_argument("--folders", metavar="DIR", help="a folder with one folder for each repository")
-    sources.add_argument("--archives", metavar="DIR", help="a folder of wheels, sdists or other zip and tar archives")
-    sources.add_argument("--starcoderdata", nargs="+", metavar="PATH", help="StarCoderData parquet files or folders")
-    sources.add_argument("--dataset", metavar="ID_OR_DIR", help="a `datasets` dataset (see --columns)")
+    sources.add_argument(
+        "--folders", type=some_text, metavar="DIR", help="a folder with one folder for each repository"
+    )
+    sources.add_argument(
+        "--archives", type=some_text, metavar="DIR", help="a folder of wheels, sdists or other zip and tar archives"
+    )
+    sources.add_argument("--starcoderdata", type=some_text, nargs="+", metavar="PATH", help="StarCoderData parquet")
+    sources.add_argument("--dataset", type=some_text, metavar="ID_OR_DIR", help="a `datasets` dataset (see --columns)")
     parser.add_argument("--exclude", default="", metavar="NAMES", help="installed packages to leave out (a,b,c)")
-    parser.add_argument("--repo-depth", type=int, default=1, help="2: --folders DIR holds OWNER/NAME")
+    parser.add_argument("--repo-depth", type=whole_number(1, 16), default=1, help="2: --folders DIR holds OWNER/NAME")
     parser.add_argument(
         "--columns", default="", help="of --dataset: repo=A,path=B,content=C,license=D,stars=E,version=F"
     )
     parser.add_argument("--dataset-split", default="train", help="of --dataset (default %(default)s)")
     parser.add_argument("--shard", metavar="I/N", help="read only part I (from 0) of N; then run once without --shard")
     parser.add_argument("--out", type=Path, required=True, help="the corpus folder to write")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=whole_number(1, 1024), default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--restart", action="store_true", help="throw away unfinished work, and replace --out")
     _add_filters(parser.add_argument_group("filters"))
     _add_splits(parser.add_argument_group("choice, order and splits"))
@@ -56,9 +64,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_filters(group: Any) -> None:
     default = CorpusSettings()
-    group.add_argument("--min-files", type=int, default=default.min_files, help="per repository (default %(default)s)")
-    group.add_argument("--min-stars", type=int, default=default.min_stars, help="where known (default %(default)s)")
-    group.add_argument("--max-file-bytes", type=int, default=default.max_file_bytes, help="default %(default)s")
+    many = whole_number(1, 10**9)
+    group.add_argument("--min-files", type=many, default=default.min_files, help="per repository (default %(default)s)")
+    group.add_argument(
+        "--min-stars", type=whole_number(0, 10**9), default=default.min_stars, help="where known (default %(default)s)"
+    )
+    group.add_argument("--max-file-bytes", type=many, default=default.max_file_bytes, help="default %(default)s")
     group.add_argument(
         "--licenses",
         default="",
@@ -70,7 +81,10 @@ def _add_filters(group: Any) -> None:
     group.add_argument("--require-parse", action="store_true", help="drop files that Python cannot parse")
     group.add_argument("--no-near-duplicates", action="store_true", help="drop exact duplicates only")
     group.add_argument(
-        "--near-duplicate-threshold", type=float, default=default.near_duplicate_threshold, help="default %(default)s"
+        "--near-duplicate-threshold",
+        type=real_number(0.5, 1),
+        default=default.near_duplicate_threshold,
+        help="default %(default)s",
     )
     group.add_argument("--keep-generated", action="store_true", help="keep generated, minified and data files")
 
@@ -78,11 +92,12 @@ def _add_filters(group: Any) -> None:
 def _add_splits(group: Any) -> None:
     default = CorpusSettings()
     group.add_argument("--order", choices=ORDERS, default=default.order, help="of files (default %(default)s)")
-    group.add_argument("--max-repos", type=int, help="how many repositories to choose (default: all)")
-    group.add_argument("--max-files-per-repo", type=int, help="keep the first files in reading order (default: all)")
-    group.add_argument("--seed", type=int, default=default.seed, help="of the choice of repositories")
+    many, seed = whole_number(1, 10**9), whole_number(0, 2**63 - 1)
+    group.add_argument("--max-repos", type=many, help="how many repositories to choose (default: all)")
+    group.add_argument("--max-files-per-repo", type=many, help="keep the first files in reading order (default: all)")
+    group.add_argument("--seed", type=seed, default=default.seed, help="of the choice of repositories")
     group.add_argument("--split-ratios", default="90/5/5", help="train/validation/test (default %(default)s)")
-    group.add_argument("--split-seed", type=int, default=default.split_seed, help="of the split")
+    group.add_argument("--split-seed", type=seed, default=default.split_seed, help="of the split")
 
 
 def _settings(options: argparse.Namespace) -> CorpusSettings:
@@ -107,15 +122,15 @@ def _settings(options: argparse.Namespace) -> CorpusSettings:
 
 
 def _source(options: argparse.Namespace) -> Source:
+    if options.installed:
+        return InstalledPackages(exclude=tuple(name for name in options.exclude.split(",") if name))
     if options.folders:
         return RepositoryFolders(options.folders, options.repo_depth)
     if options.archives:
         return ArchiveFolder(options.archives)
     if options.starcoderdata:
         return StarCoderData(tuple(options.starcoderdata))
-    if options.dataset:
-        return open_dataset(options.dataset, options.dataset_split, _columns(options.columns), work_folder(options.out))
-    return InstalledPackages(exclude=tuple(name for name in options.exclude.split(",") if name))
+    return open_dataset(options.dataset, options.dataset_split, _columns(options.columns), unfinished(options.out))
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -133,13 +148,15 @@ def _shard(text: str) -> tuple[int, int]:
     return index, count
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@program(GO_ON)
+def main(arguments: list[str]) -> None:
     """Run the program with these arguments (default: the command line's)."""
     options = _parser().parse_args(arguments)
+    check_folder(options.out, CORPUS)
     source, settings = _source(options), _settings(options)
     if options.shard:
         num_chunks = build_shard(source, settings, options.out, *_shard(options.shard), options.workers)
-        STDERR.print(f"{work_folder(options.out)}: {num_chunks} chunks of shard {options.shard} are read")
+        STDERR.print(f"{unfinished(options.out)}: {num_chunks} chunks of shard {options.shard} are read")
         return
     manifest, reused = build(
         source,
@@ -162,4 +179,4 @@ def _print_summary(manifest: dict[str, Any], out: Path, reused: bool) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What every command-line program here shares: errors without a traceback, progress on stderr, workers."""
+"""What every command-line program here shares: progress on stderr, and workers."""
 
 from __future__ import annotations
 
@@ -11,27 +11,18 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .errors import DataPrepError
+from titans_ds.errors import OutputError
+from titans_ds.program import plain_console
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-STDERR = Console(stderr=True)
+STDERR = plain_console(stderr=True)
 
 
-def run_program(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Run `main(None)`. A DataPrepError is printed on stderr and ends with exit code 2, an interrupt with 130."""
-    try:
-        main(None)
-    except DataPrepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped: run the same command again to go on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+GO_ON = "run the same command again to go on from here"
 
 
 def command_line() -> str:
@@ -76,10 +67,9 @@ def _computed(
         try:
             yield from _in_flight(pool, function, items, 2 * num_workers)
         except BrokenProcessPool as error:
-            raise DataPrepError(
+            raise OutputError(
                 "A worker process died, most likely for want of memory. Run the same command again with fewer "
-                "--workers: "
-                "finished parts are kept."
+                "--workers: finished parts are kept."
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

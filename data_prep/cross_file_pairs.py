@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,18 +20,36 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+from typing_extensions import TypedDict
 
-from .assemble import CORPUS_SCHEMA
-from .console import STDERR, command_line, map_parallel, run_program
+from titans_ds.files import Kind, atomic_folder, check_folder, sha256_of, work_folder, write_json, write_jsonl
+from titans_ds.program import program, whole_number
+from titans_ds.reading import read_json, strict_record
+
+from .benchmark.pairs import Pair, make_pairs
+from .console import GO_ON, STDERR, command_line, map_parallel
+from .corpus.assemble import CORPUS_SCHEMA
+from .corpus.publish import SplitWriter
 from .errors import DataPrepError
-from .output import atomic_folder, explain_os_errors, read_json, sha256_of, write_json, write_jsonl
-from .pairs import Pair, make_pairs
-from .publish import SplitWriter
 from .settings import fingerprint
+from .shards import read_group, read_manifest, row_groups
 from .splits import SPLITS
 
 VARIANTS = ("pairs", "renamed", "broken")
+PAIRS = Kind("a folder of pairs", "pairs.jsonl", rb'\A\{"pair": ')
+_COLUMNS = ("repo", "path", "content")
+
+
+@strict_record
+class _Record(TypedDict):
+    """A `Pair` on disk."""
+
+    repo: str
+    definitions_path: str
+    usage_path: str
+    symbols: list[str]
+    definitions: str
+    usage: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +74,21 @@ def make_corpora(
     command: str = "",
 ) -> tuple[dict[str, Any], bool]:
     """Write the three corpora to folder `out`. Returns the manifest of OUT/pairs, and whether it was there already."""
-    manifest = read_json(corpus / "manifest.json")
+    check_folder(out, PAIRS)
+    manifest = read_manifest(corpus)
     identity = fingerprint(["pairs", manifest["identity"], max_pairs_per_repo, max_characters, seed])
-    if out.exists():
-        found = read_json(out / "pairs" / "manifest.json")
+    if (out / PAIRS.marker).exists():
+        found = read_manifest(out / "pairs")
         if found.get("made_by") != identity:
             raise DataPrepError(f"{out} is there already, and was made from something else. Give another --out.")
         return dict(found), True
-    work = out.with_name(f"{out.name}.unfinished-{identity[:8]}")
-    with explain_os_errors(out):
-        work.mkdir(parents=True, exist_ok=True)
+    with work_folder(out, identity) as work:
         pairs = {
             split: _split_pairs(corpus, split, work, max_pairs_per_repo, max_characters, num_workers)
             for split in SPLITS
         }
         _require_pairs(pairs)
-        with atomic_folder(out) as folder:
+        with atomic_folder(out, PAIRS) as folder:
             header = {"command": command, "made_from": manifest["identity"], "made_by": identity}
             licenses = {entry["repo"]: entry for entry in manifest["repositories"]}
             for variant in VARIANTS:
@@ -79,8 +96,7 @@ def make_corpora(
             write_jsonl(
                 folder / "pairs.jsonl", [record for split in SPLITS for record in _records(split, pairs[split])]
             )
-    shutil.rmtree(work)
-    return dict(read_json(out / "pairs" / "manifest.json")), False
+    return read_manifest(out / "pairs"), False
 
 
 def _split_pairs(
@@ -88,8 +104,7 @@ def _split_pairs(
 ) -> list[Pair]:
     jobs = [
         _Job(str(path), group, max_pairs, max_characters, str(work / f"{path.stem}-{group:05d}.json"))
-        for path in sorted(corpus.glob(f"{split}-*-of-*.parquet"))
-        for group in range(pq.ParquetFile(path).metadata.num_row_groups)
+        for path, group in row_groups(corpus, _COLUMNS, [split])
     ]
     found = map_parallel(_group_pairs, jobs, num_workers, f"pairs of {split}")
     return [Pair(**{**record, "symbols": tuple(record["symbols"])}) for part in found for record in part]
@@ -97,7 +112,7 @@ def _split_pairs(
 
 def _group_pairs(job: _Job) -> list[dict[str, Any]]:
     if Path(job.target).exists():
-        return list(read_json(job.target))
+        return list(read_json(job.target, list[_Record]))
     records = [
         vars(pair)
         for repo, files in _repositories(job)
@@ -109,8 +124,7 @@ def _group_pairs(job: _Job) -> list[dict[str, Any]]:
 
 def _repositories(job: _Job) -> Iterator[tuple[str, dict[str, str]]]:
     current, files = "", dict[str, str]()
-    columns = ["repo", "path", "content"]
-    for row in pq.ParquetFile(job.parquet).read_row_group(job.row_group, columns=columns).to_pylist():
+    for row in read_group(Path(job.parquet), job.row_group, _COLUMNS).to_pylist():
         if row["repo"] != current:
             if files:
                 yield current, files
@@ -124,8 +138,7 @@ def _require_pairs(pairs: dict[str, list[Pair]]) -> None:
     if not pairs["train"]:
         raise DataPrepError(
             "No pair was found in the train split: no file there uses by name what another one defines. Give a "
-            "corpus of "
-            "more repositories, or raise --max-characters."
+            "corpus of more repositories, or raise --max-characters."
         )
 
 
@@ -213,15 +226,20 @@ def _table(name: str, pair: Pair, origin: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=CORPUS_SCHEMA)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@program(GO_ON)
+def main(arguments: list[str]) -> None:
     """Run the program with these arguments (default: the command line's)."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.cross_file_pairs", description=__doc__.split("\n\n")[0])
     parser.add_argument("--corpus", type=Path, required=True, help="a folder that build_corpus wrote")
     parser.add_argument("--out", type=Path, required=True, help="the folder of the three corpora")
-    parser.add_argument("--max-pairs-per-repo", type=int, default=8, help="default %(default)s")
-    parser.add_argument("--max-characters", type=int, default=20_000, help="of each file (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the new names")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--max-pairs-per-repo", type=whole_number(1, 10_000), default=8, help="default %(default)s")
+    parser.add_argument(
+        "--max-characters", type=whole_number(1, 10**9), default=20_000, help="of each file (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, help="of the new names")
+    parser.add_argument(
+        "--workers", type=whole_number(1, 1024), default=os.cpu_count() or 1, help="processes (default: all cores)"
+    )
     options = parser.parse_args(arguments)
     manifest, reused = make_corpora(
         options.corpus,
@@ -238,4 +256,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(main())

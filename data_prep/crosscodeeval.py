@@ -9,11 +9,16 @@ A row is one line of JSON: `prompt`, `groundtruth`, `right_context`, `metadata` 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+from typing_extensions import NotRequired, TypedDict
+
+from titans_ds.errors import DataError
+from titans_ds.reading import read_jsonl, strict_record
 
 from .errors import DataPrepError
 
@@ -22,7 +27,37 @@ COMMENT_PREFIX = {"python": "#", "java": "//", "typescript": "//", "csharp": "//
 _SUFFIX_LANGUAGE = {".py": "python", ".java": "java", ".ts": "typescript", ".tsx": "typescript", ".cs": "csharp"}
 _HEADER = "Here are some relevant code fragments from other files of the repo:"
 _CHUNK_HEADER = "the below code fragment can be found in:"
-_REQUIRED = ("prompt", "groundtruth", "metadata")
+_REMEDY = "Expected CrossCodeEval jsonl, one sample a line; fetch or make the file again."
+
+
+@strict_record
+class _Metadata(TypedDict):
+    task_id: str
+    repository: str
+    file: str
+
+
+@strict_record
+class _Chunk(TypedDict):
+    retrieved_chunk: str
+    filename: str
+    score: NotRequired[float]
+
+
+@strict_record
+class _Context(TypedDict):
+    text: NotRequired[str | None]
+    list: NotRequired[list[_Chunk] | None]
+
+
+@strict_record
+class _Row(TypedDict):
+    prompt: str
+    groundtruth: str
+    right_context: NotRequired[str | None]
+    metadata: _Metadata
+    # Upstream writes a context that is absent as null, {} or "".
+    crossfile_context: NotRequired[Annotated[_Context | None, BeforeValidator(lambda value: value or None)]]
 
 
 @dataclass(frozen=True)
@@ -96,75 +131,39 @@ def locate_file(root: str | Path, language: str, name: str) -> Path:
 def load_rows(path: str | Path, language: str | None = None) -> list[CrossCodeEvalRow]:
     """Return all rows of one jsonl file.
 
-    The language is taken from the suffix of each row's file unless given. Raises DataPrepError naming the line that is
-    not a CrossCodeEval row.
+    The language is taken from the suffix of each row's file unless given. Raises DataError naming the line and the
+    field of what is not a CrossCodeEval row.
     """
-    path = Path(path)
-    rows = [_parse_row(record, language, where) for record, where in _records(path)]
+    rows = []
+    for record, where in read_jsonl(path, _Row, _REMEDY):
+        metadata, context = record["metadata"], record.get("crossfile_context") or {}
+        chunks = [
+            CrossFileChunk(c["retrieved_chunk"], c["filename"], c.get("score", 0.0)) for c in context.get("list") or ()
+        ]
+        rows.append(
+            CrossCodeEvalRow(
+                task_id=metadata["task_id"],
+                repository=metadata["repository"],
+                file=metadata["file"],
+                prompt=record["prompt"],
+                groundtruth=record["groundtruth"],
+                right_context=record.get("right_context") or "",
+                language=language or _language_of(metadata["file"], where),
+                crossfile_text=context.get("text") or "",
+                crossfile_list=tuple(chunks),
+                metadata=metadata,
+            )
+        )
     if not rows:
-        raise DataPrepError(f"{path} has no rows. Expected CrossCodeEval jsonl, one sample a line.")
+        raise DataError(f"{path} has no rows. {_REMEDY}")
     return rows
-
-
-def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataPrepError(f"Cannot read {path}: {error}. Expected UTF-8 jsonl, one sample a line.") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataPrepError(f"{where}: not JSON ({error}). The file may be cut short; fetch it again.") from error
-        if not isinstance(record, dict):
-            raise DataPrepError(f"{where}: expected a JSON object, found {type(record).__name__}.")
-        yield record, where
-
-
-def _parse_row(record: dict[str, Any], language: str | None, where: str) -> CrossCodeEvalRow:
-    missing = [name for name in _REQUIRED if name not in record]
-    if missing:
-        raise DataPrepError(f"{where}: missing {', '.join(missing)}. Expected a CrossCodeEval row.")
-    metadata = record["metadata"]
-    missing = [name for name in ("task_id", "repository", "file") if name not in metadata]
-    if missing:
-        raise DataPrepError(f"{where}: metadata lacks {', '.join(missing)}. Expected a CrossCodeEval row.")
-    text, chunks = _parse_context(record.get("crossfile_context"), where)
-    return CrossCodeEvalRow(
-        task_id=metadata["task_id"],
-        repository=metadata["repository"],
-        file=metadata["file"],
-        prompt=record["prompt"],
-        groundtruth=record["groundtruth"],
-        right_context=record.get("right_context") or "",
-        language=language or _language_of(metadata["file"], where),
-        crossfile_text=text,
-        crossfile_list=chunks,
-        metadata=metadata,
-    )
 
 
 def _language_of(file: str, where: str) -> str:
     suffix = Path(file).suffix
     if suffix not in _SUFFIX_LANGUAGE:
-        raise DataPrepError(
+        raise DataError(
             f"{where}: cannot tell the language of {file!r}. Expected {', '.join(_SUFFIX_LANGUAGE)}; else give "
-            f"`language`."
+            "`language`."
         )
     return _SUFFIX_LANGUAGE[suffix]
-
-
-def _parse_context(context: Any, where: str) -> tuple[str, tuple[CrossFileChunk, ...]]:
-    """Upstream writes a context that is absent as null, {} or ""."""
-    if not context:
-        return "", ()
-    if not isinstance(context, dict):
-        raise DataPrepError(f"{where}: crossfile_context is {type(context).__name__}; expected text and list.")
-    chunks = tuple(
-        CrossFileChunk(c["retrieved_chunk"], c["filename"], float(c.get("score", 0.0)))
-        for c in context.get("list") or ()
-    )
-    return context.get("text") or "", chunks

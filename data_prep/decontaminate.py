@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,20 +20,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+from typing_extensions import TypedDict
 
-from .benchmark_names import BenchmarkNames
-from .clean_corpus import Removal, rewrite_corpus
-from .console import STDERR, command_line, map_parallel, run_program
+from titans_ds.files import atomic_file, check_folder, sha256_of, work_folder, write_json
+from titans_ds.program import program, real_number, whole_number
+from titans_ds.reading import read_json, strict_record
+
+from .console import GO_ON, STDERR, command_line, map_parallel
+from .corpus.benchmark_names import BenchmarkNames
+from .corpus.clean import rewrite_corpus
+from .corpus.token_runs import run_hashes
 from .crosscodeeval import CrossCodeEvalRow, load_rows
 from .errors import DataPrepError
-from .output import atomic_file, explain_os_errors, read_json, sha256_of, write_json
 from .settings import fingerprint
-from .splits import SPLITS
-from .token_runs import run_hashes
+from .shards import CORPUS, Removal, read_group, read_manifest, row_groups
 
 RUN_TOKENS = 50
 REPOSITORY_SHARE = 0.5
+
+
+_COLUMNS = ("repo", "path", "content")
+
+
+@strict_record
+class _Match(TypedDict):
+    repo: str
+    path: str
+    runs: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,37 +86,35 @@ def decontaminate(
 
     names: further repositories to remove ("owner/name"). Raises DataPrepError for what a user can mend.
     """
-    manifest = read_json(corpus / "manifest.json")
+    check_folder(out, CORPUS)
+    manifest = read_manifest(corpus)
     rows, files = find_rows(benchmark)
     inputs = [manifest["identity"], sorted(map(sha256_of, files)), sorted(names), run_tokens, repository_share]
     identity = fingerprint(["decontaminate", *inputs])
-    if out.exists():
+    if (out / "manifest.json").exists():
         return _finished(out, identity), True
-    work = out.with_name(out.name + ".unfinished")
-    with explain_os_errors(out):
-        _claim(work, identity)
+    groups = row_groups(corpus, _COLUMNS)
+    if not groups:
+        raise DataPrepError(f"{corpus} has no parquet. Expected a folder that data_prep.build_corpus wrote.")
+    with work_folder(out, identity) as work:
         removals = _by_name(manifest, BenchmarkNames([*names, *(row.repository for row in rows)]))
-        owners, lengths = _write_runs(rows, work / "runs.npz", run_tokens)
-        matches = _compare(corpus, work, run_tokens, num_workers)
-        removals += _by_content(matches, owners, lengths, rows, repository_share, {r.repo for r in removals})
+        owners, lengths = _write_runs(rows, work / "runs.npy", run_tokens)
+        jobs = [
+            _Job(str(path), group, run_tokens, str(work / "runs.npy"), str(work / f"{path.stem}-{group:05d}.json"))
+            for path, group in groups
+        ]
+        matches = [match for part in map_parallel(_compare_group, jobs, num_workers, "comparing") for match in part]
+        removals += _by_content(matches, owners, lengths, rows, repository_share, {r["repo"] for r in removals})
         record = {"command": command, "benchmark": [str(path) for path in files], "identity": identity}
         rewrite_corpus(corpus, out, removals, {**record, "run_tokens": run_tokens})
-        shutil.rmtree(work)
     return removals, False
 
 
 def _finished(out: Path, identity: str) -> list[Removal]:
-    manifest = read_json(out / "manifest.json")
-    if manifest.get("identity") != identity:
+    manifest = read_manifest(out)
+    if manifest["identity"] != identity or "decontamination" not in manifest:
         raise DataPrepError(f"{out} is there already, and was made from something else. Give another --out.")
-    return [Removal(**entry) for entry in manifest["decontamination"]["removed"]]
-
-
-def _claim(work: Path, identity: str) -> None:
-    path = work / "work.json"
-    if path.exists() and read_json(path) != identity:
-        shutil.rmtree(work)
-    write_json(path, identity)
+    return list(manifest["decontamination"]["removed"])
 
 
 def _by_name(manifest: dict[str, Any], names: BenchmarkNames) -> list[Removal]:
@@ -111,7 +122,7 @@ def _by_name(manifest: dict[str, Any], names: BenchmarkNames) -> list[Removal]:
     for record in manifest["repositories"]:
         reason, label = names.match(record["repo"], record.get("home_page") or "")
         if reason:
-            removals.append(Removal(record["repo"], "", reason, label))
+            removals.append(Removal(repo=record["repo"], path="", reason=reason, matched=label))
     return removals
 
 
@@ -130,29 +141,17 @@ def _write_runs(rows: Sequence[CrossCodeEvalRow], target: Path, run_tokens: int)
     empty = np.zeros(0, np.uint64)
     runs, first = np.unique(np.concatenate([*parts, empty]), return_index=True)
     owner = np.concatenate([*owners, np.zeros(0, np.int64)]).astype(np.int64)[first]
-    with atomic_file(target.with_suffix(".npy")) as temporary, open(temporary, "wb") as handle:
+    with atomic_file(target) as temporary, open(temporary, "wb") as handle:
         np.save(handle, runs)
     return owner, np.bincount(owner, minlength=len(rows))
-
-
-def _compare(corpus: Path, work: Path, run_tokens: int, num_workers: int) -> list[dict[str, Any]]:
-    jobs = [
-        _Job(str(path), group, run_tokens, str(work / "runs.npy"), str(work / f"{path.stem}-{group:05d}.json"))
-        for split in SPLITS
-        for path in sorted(corpus.glob(f"{split}-*-of-*.parquet"))
-        for group in range(pq.ParquetFile(path).metadata.num_row_groups)
-    ]
-    if not jobs:
-        raise DataPrepError(f"{corpus} has no parquet. Expected a folder that data_prep.build_corpus wrote.")
-    return [match for part in map_parallel(_compare_group, jobs, num_workers, "comparing") for match in part]
 
 
 def _compare_group(job: _Job) -> list[dict[str, Any]]:
     """Return, for every file that shares a run, its repo, path and the numbers of the shared runs."""
     if Path(job.target).exists():
-        return list(read_json(job.target))
+        return list(read_json(job.target, list[_Match]))
     runs = np.load(job.runs)
-    table = pq.ParquetFile(job.parquet).read_row_group(job.row_group, columns=["repo", "path", "content"])
+    table = read_group(Path(job.parquet), job.row_group, _COLUMNS)
     matches = []
     for row in range(table.num_rows):
         hashes = run_hashes(table["content"][row].as_py(), job.run_tokens)
@@ -182,12 +181,13 @@ def _by_content(
         counts = np.bincount(owners[sorted(runs)], minlength=len(rows))
         shares = counts / np.maximum(lengths, 1)
         if repo not in gone and shares.max() >= repository_share:
-            removals.append(Removal(repo, "", "content", rows[int(shares.argmax())].repository))
-    gone = gone | {removal.repo for removal in removals}
+            nearest = rows[int(shares.argmax())].repository
+            removals.append(Removal(repo=repo, path="", reason="content", matched=nearest))
+    gone = gone | {removal["repo"] for removal in removals}
     for match in matches:
         if match["repo"] not in gone:
             row = rows[int(owners[match["runs"][0]])]
-            removals.append(Removal(match["repo"], match["path"], "shared_run", row.task_id))
+            removals.append(Removal(repo=match["repo"], path=match["path"], reason="shared_run", matched=row.task_id))
     return removals
 
 
@@ -197,14 +197,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--benchmark", type=Path, nargs="+", required=True, help="CrossCodeEval files or folders")
     parser.add_argument("--names", type=Path, help="a text file of further repositories, one a line")
     parser.add_argument("--out", type=Path, required=True, help="the cleaned corpus folder")
-    parser.add_argument("--run-tokens", type=int, default=RUN_TOKENS, help="default %(default)s")
+    parser.add_argument("--run-tokens", type=whole_number(5, 10_000), default=RUN_TOKENS, help="default %(default)s")
     parser.add_argument(
         "--repository-share",
-        type=float,
+        type=real_number(0, 1, above=True),
         default=REPOSITORY_SHARE,
         help="of a row's runs in one repository that removes it whole (default %(default)s)",
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument(
+        "--workers", type=whole_number(1, 1024), default=os.cpu_count() or 1, help="processes (default: all cores)"
+    )
     return parser
 
 
@@ -217,11 +219,10 @@ def _read_names(path: Path | None) -> list[str]:
         raise DataPrepError(f"Cannot read --names {path}: {error}. Expected one repository a line.") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@program(GO_ON)
+def main(arguments: list[str]) -> None:
     """Run the program with these arguments (default: the command line's). Prints what went on stdout."""
     options = _parser().parse_args(arguments)
-    if options.run_tokens < 5:
-        raise DataPrepError(f"--run-tokens {options.run_tokens}: expected 5 or more.")
     removals, reused = decontaminate(
         options.corpus,
         options.benchmark,
@@ -233,12 +234,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command=command_line(),
     )
     for removal in removals:
-        print(f"{removal.reason}\t{removal.repo}\t{removal.path or '(whole repository)'}\t{removal.matched}")
-    counts = Counter(f"{removal.reason}: {'file' if removal.path else 'repository'}" for removal in removals)
+        whole = removal["path"] or "(whole repository)"
+        print("\t".join((removal["reason"], removal["repo"], whole, removal["matched"])))
+    counts = Counter((removal["reason"], "file" if removal["path"] else "repository") for removal in removals)
     STDERR.print(f"{options.out}: " + ("already complete" if reused else "written"))
-    for name, number in counts.items():
-        STDERR.print(f"  removed by {name} x {number}")
+    for (reason, what), number in counts.items():
+        STDERR.print(f"  removed by {reason}: {what} x {number}")
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(main())

@@ -1,11 +1,12 @@
-"""The error of everything that a user of data_prep can mend.
+"""The error of what a user of data_prep can mend in its settings and sources.
 
-Every message says what was wrong, what was expected and what to do. The command-line programs print the message without
-a traceback and leave with exit code 2.
+Damaged files are a `titans_ds.errors.DataError`, outputs that can't be written an `OutputError`.
 """
 
 from __future__ import annotations
 
+from titans_ds.errors import TitansError
 
-class DataPrepError(Exception):
-    """A source, a setting or an output that cannot work."""
+
+class DataPrepError(TitansError):
+    """A source or a setting that cannot work."""

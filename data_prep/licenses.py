@@ -76,12 +76,18 @@ def license_from_metadata(metadata: Message | Any) -> str:
     if expression := metadata.get("License-Expression"):
         return normalize_license(str(expression))
     names = [str(c).split(" :: ")[-1] for c in metadata.get_all("Classifier") or () if str(c).startswith("License :: ")]
-    known = sorted({_CLASSIFIERS[name] for name in names if name in _CLASSIFIERS})
+    # One without an SPDX identifier stays a condition, which no allow-list meets.
+    known = sorted({_CLASSIFIERS.get(name, _custom(name)) for name in names if name != "OSI Approved"})
     stated = normalize_license(str(metadata.get("License") or ""))
     # "BSD License" does not say which: the License field may.
     if stated and (not known or (known == ["BSD-3-Clause"] and stated.startswith("BSD-"))):
         return stated
-    return " OR ".join(known)
+    # Several classifiers don't say that one may choose between them; only an expression does.
+    return " AND ".join(known)
+
+
+def _custom(name: str) -> str:
+    return "LicenseRef-" + re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
 
 
 def home_pages_from_metadata(metadata: Message | Any) -> str:

@@ -12,22 +12,28 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from .console import STDERR, map_parallel, run_program
+from titans_ds.files import Kind, atomic_file, atomic_folder, check_folder, sha256_of, work_folder, write_json
+from titans_ds.program import program, some_text, whole_number
+from titans_ds.reading import read_json
+
+from .console import GO_ON, STDERR, map_parallel
 from .errors import DataPrepError
-from .output import atomic_file, explain_os_errors, read_json, replace_folder, sha256_of, write_json
+from .settings import fingerprint
+from .shards import read_group, row_groups, shard_paths
 from .splits import SPLITS
 from .tokenizers_io import LoadedTokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
+PACKED = Kind("a packed corpus", "packed.json", rb'"tokenizer_sha256"')
+_COLUMNS = ("repo", "content", "n_bytes")
 _BATCH_BYTES = 4 * 2**20
 
 
@@ -47,32 +53,34 @@ def pack(corpus: Path, tokenizer: str, out: Path | None = None, num_workers: int
 
     Raises DataPrepError where `corpus` is not a corpus folder or the tokenizer cannot be loaded.
     """
-    shards = _shards(corpus)
+    if out is not None:
+        check_folder(out, PACKED)
+    splits = _splits(corpus)
     loaded = load_tokenizer(tokenizer)
     wanted = _header(corpus, tokenizer, loaded)
     out = out or corpus / f"packed-{loaded.sha256[:12]}"
-    if out.exists():
+    check_folder(out, PACKED)
+    if (out / PACKED.marker).exists():
         return out, _existing(out, wanted)
-    work = out.with_name(out.name + ".unfinished")
-    with explain_os_errors(out):
-        _claim(work, wanted)
-        jobs = {split: _jobs(paths, tokenizer, wanted["dtype"], work) for split, paths in shards.items()}
+    # The tokenizer's path may differ between two runs: its hash says which one it is.
+    identity = fingerprint({key: value for key, value in wanted.items() if key != "tokenizer"})
+    with work_folder(out, identity) as work:
+        jobs = {split: _jobs(corpus, split, tokenizer, wanted["dtype"], work) for split in splits}
         map_parallel(_tokenize_group, [job for group in jobs.values() for job in group], num_workers, "tokenizing")
-        splits = {split: _join(work, split, group, wanted["dtype"]) for split, group in jobs.items()}
-        shutil.rmtree(work / "parts")
-        record = {**wanted, "splits": splits}
-        write_json(work / "packed.json", record)
-        replace_folder(work, out)
+        with atomic_folder(out, PACKED) as folder:
+            counts = {split: _join(folder, split, group, wanted["dtype"]) for split, group in jobs.items()}
+            record = {**wanted, "splits": counts}
+            write_json(folder / PACKED.marker, record)
     return out, record
 
 
-def _shards(corpus: Path) -> dict[str, list[Path]]:
-    if not (corpus / "manifest.json").is_file():
-        raise DataPrepError(f"{corpus} has no manifest.json. Expected a folder that data_prep.build_corpus wrote.")
-    shards = {split: sorted(corpus.glob(f"{split}-*-of-*.parquet")) for split in SPLITS}
-    if not any(shards.values()):
-        raise DataPrepError(f"{corpus} has no train-, validation- or test-*.parquet. Build it again.")
-    return {split: paths for split, paths in shards.items() if paths}
+def _splits(corpus: Path) -> list[str]:
+    """Return the splits that have shards, all of which can be opened."""
+    read_json(corpus / "manifest.json", dict[str, Any], "Expected a folder that data_prep.build_corpus wrote.")
+    splits = [split for split in SPLITS if shard_paths(corpus, split)]
+    if not row_groups(corpus, _COLUMNS, splits):
+        raise DataPrepError(f"{corpus} has no train-, validation- or test-*.parquet with rows. Build it again.")
+    return splits
 
 
 def _header(corpus: Path, tokenizer: str, loaded: LoadedTokenizer) -> dict[str, Any]:
@@ -87,32 +95,19 @@ def _header(corpus: Path, tokenizer: str, loaded: LoadedTokenizer) -> dict[str, 
     }
 
 
-def _same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """The tokenizer's path may differ: its hash says which one it is."""
-    return all(found.get(key) == value for key, value in wanted.items() if key != "tokenizer")
-
-
 def _existing(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    found = read_json(out / "packed.json") if (out / "packed.json").is_file() else {}
-    if not _same(found, wanted):
+    found = read_json(out / PACKED.marker, dict[str, Any])
+    if any(found.get(key) != value for key, value in wanted.items() if key != "tokenizer") or "splits" not in found:
         raise DataPrepError(
             f"{out} is there already, and was made from another corpus or tokenizer. Remove it or give another --out."
         )
     return dict(found)
 
 
-def _claim(work: Path, wanted: dict[str, Any]) -> None:
-    if (work / "work.json").exists() and not _same(read_json(work / "work.json"), wanted):
-        shutil.rmtree(work)
-    (work / "parts").mkdir(parents=True, exist_ok=True)
-    write_json(work / "work.json", wanted)
-
-
-def _jobs(paths: Sequence[Path], tokenizer: str, dtype: str, work: Path) -> list[_Job]:
+def _jobs(corpus: Path, split: str, tokenizer: str, dtype: str, work: Path) -> list[_Job]:
     return [
-        _Job(str(path), group, tokenizer, dtype, str(work / "parts" / f"{path.stem}-{group:05d}.npz"))
-        for path in paths
-        for group in range(pq.ParquetFile(path).metadata.num_row_groups)
+        _Job(str(path), group, tokenizer, dtype, str(work / f"{path.stem}-{group:05d}.npz"))
+        for path, group in row_groups(corpus, _COLUMNS, [split])
     ]
 
 
@@ -121,7 +116,7 @@ def _tokenize_group(job: _Job) -> None:
     if Path(job.target).exists():
         return
     loaded = load_tokenizer(job.tokenizer)
-    table = pq.ParquetFile(job.parquet).read_row_group(job.row_group, columns=["repo", "content", "n_bytes"])
+    table = read_group(Path(job.parquet), job.row_group, _COLUMNS)
     encoded = [
         ids
         for texts in _batches(table["content"], table["n_bytes"].to_pylist())
@@ -149,12 +144,12 @@ def _encode(loaded: LoadedTokenizer, texts: list[str], dtype: str) -> list[np.nd
     return [np.array(encoding.ids + tail, dtype=dtype) for encoding in encodings]
 
 
-def _join(work: Path, split: str, jobs: Sequence[_Job], dtype: str) -> dict[str, int]:
+def _join(folder: Path, split: str, jobs: Sequence[_Job], dtype: str) -> dict[str, int]:
     """Write the split's tokens and index from its parts, and return its counts."""
     lengths: list[np.ndarray] = []
     names: list[str] = []
     file_repo: list[int] = []
-    with atomic_file(work / f"{split}.tokens.bin") as temporary, open(temporary, "wb") as handle:
+    with open(folder / f"{split}.tokens.bin", "wb") as handle:
         for job in jobs:
             with np.load(job.target) as part:
                 handle.write(part["tokens"].astype(np.dtype(dtype).newbyteorder("<"), copy=False).tobytes())
@@ -164,7 +159,7 @@ def _join(work: Path, split: str, jobs: Sequence[_Job], dtype: str) -> dict[str,
                         names.append(repo)
                     file_repo.append(len(names) - 1)
     length = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
-    with atomic_file(work / f"{split}.index.npz") as temporary, open(temporary, "wb") as handle:
+    with open(folder / f"{split}.index.npz", "wb") as handle:
         np.savez(
             handle,
             file_start=np.cumsum(length, dtype=np.int64) - length,
@@ -178,13 +173,16 @@ def _join(work: Path, split: str, jobs: Sequence[_Job], dtype: str) -> dict[str,
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_prep.pack_corpus", description=__doc__.split("\n\n")[0])
     parser.add_argument("--corpus", type=Path, required=True, help="a folder that build_corpus wrote")
-    parser.add_argument("--tokenizer", required=True, help="a tokenizer folder or a Hub id")
+    parser.add_argument("--tokenizer", type=some_text, required=True, help="a tokenizer folder or a Hub id")
     parser.add_argument("--out", type=Path, help="default: CORPUS/packed-<tokenizer hash>")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument(
+        "--workers", type=whole_number(1, 1024), default=os.cpu_count() or 1, help="processes (default: all cores)"
+    )
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@program(GO_ON)
+def main(arguments: list[str]) -> None:
     """Run the program with these arguments (default: the command line's). Prints the packed folder on stdout."""
     options = _parser().parse_args(arguments)
     out, record = pack(options.corpus, options.tokenizer, options.out, options.workers)
@@ -194,4 +192,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(main())

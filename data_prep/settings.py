@@ -9,6 +9,7 @@ from typing import Any
 
 from .errors import DataPrepError
 
+WORK = "a corpus"  # what start_work is told
 ORDERS = ("depth", "imports")
 
 
@@ -38,18 +39,7 @@ class CorpusSettings:
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the values alone and together; DataPrepError names the option."""
-        if self.order not in ORDERS:
-            raise DataPrepError(f"--order {self.order!r}: expected one of {', '.join(ORDERS)}.")
-        if not 0.5 <= self.near_duplicate_threshold <= 1:
-            raise DataPrepError(
-                f"--near-duplicate-threshold {self.near_duplicate_threshold}: expected a Jaccard similarity "
-                "from 0.5 to 1."
-            )
-        for name in ("min_files", "max_file_bytes", "max_repos", "max_files_per_repo"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise DataPrepError(f"--{name.replace('_', '-')} {value}: expected 1 or more.")
+        """Check the values together, of which the options check each alone; DataPrepError names the option."""
         if self.max_files_per_repo is not None and self.max_files_per_repo < self.min_files:
             raise DataPrepError(
                 f"--max-files-per-repo {self.max_files_per_repo} is below --min-files {self.min_files}: "

@@ -5,6 +5,7 @@ So a repository never moves when others are added or removed, or when the corpus
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from .errors import DataPrepError
@@ -27,8 +28,8 @@ def parse_ratios(text: str) -> tuple[float, float, float]:
         train, validation, test = (float(part) for part in text.split("/"))
     except ValueError:
         raise DataPrepError(f"--split-ratios {text!r}: expected three numbers as in 90/5/5.") from None
-    if min(train, validation, test) < 0 or train <= 0:
-        raise DataPrepError(f"--split-ratios {text!r}: shares must not be negative, and train must be above 0.")
+    if not all(0 <= share < math.inf for share in (train, validation, test)) or train <= 0:
+        raise DataPrepError(f"--split-ratios {text!r}: expected finite shares of 0 or more, and train above 0.")
     return train, validation, test
 
 

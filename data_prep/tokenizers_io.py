@@ -34,11 +34,10 @@ def load_tokenizer(name: str) -> LoadedTokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged folder raises any kind
         raise DataPrepError(
-            f"Cannot load a tokenizer from {name!r}: {str(error).splitlines()[0]}. Expected a folder with "
-            f"tokenizer.json "
-            "or a Hub id. `python -m data_prep.train_tokenizer` makes one."
+            f"Cannot load a tokenizer from {name!r}: {str(error).partition(chr(10))[0]}. Expected a folder with "
+            "tokenizer.json or a Hub id. `python -m data_prep.train_tokenizer` makes one."
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

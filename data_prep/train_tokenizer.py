@@ -9,16 +9,19 @@ those of Qwen2.5-Coder, so that fill-in-the-middle and repository prompts can be
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+from titans_ds.files import Kind, atomic_folder, check_folder
+from titans_ds.program import program, whole_number
 
-from .console import STDERR, run_program
+from .console import GO_ON, STDERR
 from .errors import DataPrepError
-from .output import atomic_folder
+from .shards import read_batches, shard_paths
 
+TOKENIZER = Kind("a tokenizer", "tokenizer.json", rb'"added_tokens"')
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 SPECIAL_TOKENS = (
@@ -40,18 +43,19 @@ def train(corpus: Path, vocab_size: int, out: Path, max_bytes: int | None = None
     smallest = _NUM_BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise DataPrepError(f"--vocab-size {vocab_size}: expected at least {smallest} (256 bytes and special tokens).")
-    paths = sorted(corpus.glob("train-*-of-*.parquet"))
+    check_folder(out, TOKENIZER)
+    paths = shard_paths(corpus, "train")
     if not paths:
         raise DataPrepError(f"{corpus} has no train-*.parquet. Expected a folder that data_prep.build_corpus wrote.")
     tokenizer = _train(_texts(paths, max_bytes), vocab_size)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, TOKENIZER) as folder:
         _save(tokenizer, folder)
 
 
 def _texts(paths: Sequence[Path], max_bytes: int | None) -> Iterator[str]:
     num_bytes = 0
     for path in paths:
-        for batch in pq.ParquetFile(path).iter_batches(columns=["content", "n_bytes"], batch_size=256):
+        for batch in read_batches(path, ("content", "n_bytes"), batch_size=256):
             for text, size in zip(batch["content"].to_pylist(), batch["n_bytes"].to_pylist(), strict=True):
                 if max_bytes is not None and num_bytes + size > max_bytes:
                     return
@@ -97,12 +101,20 @@ def _save(tokenizer: Any, folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@program(GO_ON)
+def main(arguments: list[str]) -> None:
     """Run the program with these arguments (default: the command line's)."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.train_tokenizer", description=__doc__.split("\n\n")[0])
     parser.add_argument("--corpus", type=Path, required=True, help="a folder that build_corpus wrote")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="special tokens included (default %(default)s)")
-    parser.add_argument("--max-bytes", type=int, help="train on so much of the split only (default: all of it)")
+    parser.add_argument(
+        "--vocab-size",
+        type=whole_number(1, 10_000_000),
+        default=8192,
+        help="special tokens included (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-bytes", type=whole_number(1, 2**62), help="train on so much of the split only (default: all of it)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the tokenizer folder to write")
     options = parser.parse_args(arguments)
     train(options.corpus, options.vocab_size, options.out, options.max_bytes)
@@ -110,4 +122,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(main())

@@ -29,16 +29,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from titans_ds import MemoryConfig
-from titans_ds.errors import TitansError
-from titans_ds.memory import Access, Controls, LayerState, NeuralMemory
+from titans_ds.files import Kind, check_folder, write_json, write_text
+from titans_ds.memory import Controls, LayerState, Pass
+from titans_ds.memory.mlp import MLPConfig, MLPMemory
+from titans_ds.program import program, real_number, whole_number
 
 from .errors import EvalError
-from .files import write_json, write_text
-from .tables import Table
+from .reporting.tables import Table
 
 _RANK_TOLERANCE = 1e-4
-_READ = Access(controls=Controls(query="key"))
+_READ = Pass(write=False, controls=Controls(query="key"))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _measure_at(setting: Setting, step_size: float, seed: int) -> Measurement | 
     with counter:
         written = _write(memory, hidden, initial, setting.num_calls)
     with FlopCounterMode(display=False) as reading:
-        memory(hidden, initial, access=_READ)
+        memory(hidden, initial, plan=_READ)
     # A write's forward pass also projects and reads; only what the write adds is its cost.
     extra = counter.get_total_flops() - reading.get_total_flops()
     changes = [written[name][0] - initial[name][0] for name in _matrices(initial)]
@@ -122,8 +122,8 @@ def _measure_at(setting: Setting, step_size: float, seed: int) -> Measurement | 
     )
 
 
-def _memory(setting: Setting, step_size: float, seed: int) -> NeuralMemory:
-    config = MemoryConfig(
+def _memory(setting: Setting, step_size: float, seed: int) -> MLPMemory:
+    config = MLPConfig(
         dim=setting.dim,
         depth=setting.depth,
         write=setting.write,  # type: ignore[arg-type]
@@ -132,12 +132,12 @@ def _memory(setting: Setting, step_size: float, seed: int) -> NeuralMemory:
         query_projection="tied",
         seed=seed,
     )
-    return NeuralMemory(setting.dim, config, 0).eval()
+    return MLPMemory(setting.dim, config, 0).eval()
 
 
-def _write(memory: NeuralMemory, hidden: Tensor, state: LayerState, num_calls: int) -> LayerState:
+def _write(memory: MLPMemory, hidden: Tensor, state: LayerState, num_calls: int) -> LayerState:
     for part in hidden.tensor_split(num_calls, dim=1):
-        state = memory(part, state, access=Access(write=True))[1]
+        state = memory(part, state, plan=Pass())[1]
     return state
 
 
@@ -146,9 +146,9 @@ def _matrices(state: LayerState) -> list[str]:
     return sorted(name for name in state if name[0] == "w" and name[1:].isdecimal())
 
 
-def _recall(memory: NeuralMemory, hidden: Tensor, state: LayerState) -> tuple[float, float]:
+def _recall(memory: MLPMemory, hidden: Tensor, state: LayerState) -> tuple[float, float]:
     """Ask for every key; recall and explained share, in the model's width, where P_o turns values back."""
-    read = memory(hidden, state, access=_READ)[0][0]
+    read = memory(hidden, state, plan=_READ)[0][0]
     values = memory.key_projection.transposed(memory.value_projection(hidden))[0]
     cosine = torch.nn.functional.normalize(read, dim=-1) @ torch.nn.functional.normalize(values, dim=-1).mT
     recall = (cosine.argmax(dim=1) == torch.arange(len(values))).float().mean()
@@ -191,16 +191,14 @@ def _cells(m: Measurement) -> list[str]:
     return [*counts, *held, str(m.paper_scalars), str(m.degrees_of_freedom), *costs, f"{m.step_size:g}"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program("run the same command again; nothing was written")
+def main(arguments: list[str]) -> None:
     """Measure, print the table, and write capacity.json, capacity.md and capacity.svg; return the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        measurements = list(sweep(options))
-        if not measurements:
-            raise EvalError("Nothing to measure: every --calls is larger than every --pairs.")
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_folder(options.out, Kind("results of this program", "capacity.json", rb"\A\[\s*\{"))
+    measurements = list(sweep(options))
+    if not measurements:
+        raise EvalError("Nothing to measure: every --calls is larger than every --pairs.")
     table = as_table(measurements).to_markdown()
     print(table)
     write_json(options.out / "capacity.json", [asdict(m) for m in measurements])
@@ -208,7 +206,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .capacity_figure import capacity_figure
 
     write_text(options.out / "capacity.svg", capacity_figure(measurements))
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -217,23 +214,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--dims", type=_numbers, default=[128, 512], help="memory widths (default 128,512)")
-    add("--depth", type=int, default=2, help="matrices of f_W (default 2)")
+    add("--depth", type=whole_number(1, 64), default=2, help="matrices of f_W (default 2)")
     add("--writes", type=lambda text: text.split(","), default=["pooled", "token"], help="default pooled,token")
     add("--steps", type=_numbers, default=[1, 5], help="inner steps (default 1,5)")
     add("--pairs", type=_numbers, default=[1, 8, 32, 128, 512], help="pairs written (default 1,8,32,128,512)")
     add("--calls", type=_numbers, default=[1], help="calls that they are spread over (default 1)")
     add("--step-sizes", type=_floats, default=[0.003, 0.01, 0.03, 0.1, 0.3, 1.0], help="tried, the best is taken")
-    add("--seed", type=int, default=0)
+    add("--seed", type=whole_number(0, 2**62), default=0)
     add("--out", type=Path, required=True, help="folder for capacity.json, .md and .svg")
     return parser
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [whole_number(1, 10**6)(part) for part in text.split(",")]
 
 
 def _floats(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    return [real_number(0, math.inf, above=True)(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

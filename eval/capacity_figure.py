@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
-from .figures import COLOURS, STYLE, as_svg
+from .reporting.figures import COLOURS, STYLE, as_svg
 
 if TYPE_CHECKING:
     from .capacity import Measurement, Setting

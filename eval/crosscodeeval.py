@@ -10,36 +10,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from titans_ds.errors import TitansError
+from titans_ds.files import check_file, write_json, write_jsonl
+from titans_ds.program import program, real_number, whole_number
 
-from .benchmark import data_prep_module, load_benchmark
-from .comparison import Settings, compare_arms
+from .data.benchmark import load_benchmark
 from .errors import EvalError
-from .files import write_json, write_jsonl
-from .metrics import ES_BACKENDS
-from .postprocess import RULES
-from .predictions import check_complete, load_predictions
+from .reporting.comparison import Settings, compare_arms
+from .reporting.tables import contrast_tables, means_table
 from .run_folder import read_run
-from .scoring import score_arm, summarise
-from .tables import contrast_tables, means_table
+from .scoring.metrics import ES_BACKENDS
+from .scoring.postprocess import RULES
+from .scoring.predictions import check_complete, load_predictions
+from .scoring.score import score_arm, summarise
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program("everything made so far is on disk; a run goes on with --resume")
+def main(arguments: list[str]) -> None:
     """Run one command; return 0, 2 after printing what the user can mend, or 130 where the user stopped it."""
     options = _parser().parse_args(arguments)
-    data_error = data_prep_module("errors").DataPrepError
-    try:
-        options.command(options)
-    except (TitansError, data_error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; everything made so far is on disk (a run goes on with --resume)", file=sys.stderr)
-        return 130
-    return 0
+    options.command(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +75,9 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
+    check_file(options.out, rb'"es_backend"')
+    if options.rows_out:
+        check_file(options.rows_out, rb'\A\{"mode": ')
     rows = load_benchmark(options.data, options.language)
     predictions = load_predictions(options.predictions)
     missing = check_complete(predictions, set(rows), options.partial)
@@ -124,11 +118,20 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 def _add_statistics(parser: argparse.ArgumentParser) -> None:
     defaults = Settings()
     parser.add_argument(
-        "--alpha", type=float, default=defaults.alpha, help="level of tests and intervals (default 0.05)"
+        "--alpha",
+        type=real_number(0, 1, above=True),
+        default=defaults.alpha,
+        help="level of tests and intervals (default 0.05)",
     )
-    parser.add_argument("--resamples", type=int, default=defaults.num_resamples, help="bootstrap draws (default 10000)")
+    parser.add_argument(
+        "--resamples",
+        type=whole_number(1, 10**7),
+        default=defaults.num_resamples,
+        help="bootstrap draws (default 10000)",
+    )
     for name, unit in (("em", "points"), ("es", "points"), ("nll", "nats per byte of the target")):
-        parser.add_argument(f"--margin-{name}", type=float, help=f"largest difference that counts as none, {unit}")
+        margin, told = real_number(0, 10**6, above=True), f"largest difference that counts as none, {unit}"
+        parser.add_argument(f"--margin-{name}", type=margin, help=told)
 
 
 def statistics_settings(options: argparse.Namespace) -> Settings:
@@ -144,6 +147,8 @@ def statistics_settings(options: argparse.Namespace) -> Settings:
 
 def _compare(options: argparse.Namespace) -> None:
     rule, backend = options.postprocess, options.es_backend
+    if options.out:
+        check_file(options.out, rb'\A\{\s*"settings"')
     first = read_run(options.first, options.data, options.partial).arms(rule, backend)
     if options.first.resolve() == options.second.resolve():
         comparison = compare_arms(first, statistics_settings(options))
@@ -170,7 +175,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from .report_command import write_report  # matplotlib takes a second to load
+    from .reporting.command import write_report  # matplotlib takes a second to load
 
     write_report(
         options.folder,

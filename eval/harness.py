@@ -8,20 +8,17 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from titans_ds.errors import TitansError
+from titans_ds.program import program
 
 from .harness_model import titans_lm
 
 
-def main() -> int:
-    """Register the model, then hand over to the harness."""
-    try:
-        titans_lm()
-        import_module("lm_eval.__main__").cli_evaluate()
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+@program("run the same command again")
+def main(arguments: list[str]) -> None:
+    """Register the model, then hand over to the harness, which reads the command line itself."""
+    titans_lm()
+    sys.argv[1:] = arguments
+    import_module("lm_eval.__main__").cli_evaluate()
 
 
 if __name__ == "__main__":

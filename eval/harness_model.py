@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import EvalError
-from .subject import ModelSettings, Subject
+from .generation.model import ModelSettings, Subject
 
 _PATHS = ("graft", "ablation")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .data.prompts import BOUNDARIES
 from .errors import EvalError
-from .prompts import BOUNDARIES
-from .subject import ModelSettings
+from .generation.model import ModelSettings
 
 STOPS = ("statement", "none")
 DECODE_GRAPHS = ("auto", "on", "off")
@@ -54,7 +55,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise EvalError(f"--batch-size is {self.batch_size}; expected at least 1.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise EvalError("--temperature must be 0 (greedy) or more, --top-p above 0 and at most 1.")
         if self.stop not in STOPS:
             raise EvalError(f"Unknown --stop {self.stop!r}. Expected one of {', '.join(STOPS)}.")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,19 @@ import torch
 import transformers
 import yaml
 
-from titans_ds.errors import TitansError
+from titans_ds.files import Kind, check_file, check_folder
+from titans_ds.program import program, real_number, whole_number
+from titans_ds.yaml_files import parse_yaml
 
 from .controls.comparison import compare
 from .controls.report import merge
 from .controls.run import run_control
 from .controls.settings import load_control
 from .controls.tasks import TASKS
+from .devices import device_named
 from .errors import EvalError
 
+_RESULTS = Kind("results of this program", "results.json", rb'\A\{\s*"task"')
 _MEMORIES: dict[str, dict[str, Any]] = {
     "mlp": {},
     "linear": {
@@ -45,16 +48,12 @@ _MEMORIES: dict[str, dict[str, Any]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program("the seeds that were measured are in the results; run the others with --first-seed, and put them together")
+def main(arguments: list[str]) -> None:
     """Run one control; return 0, or 2 after printing what the user can mend."""
     options = _parser().parse_args(arguments)
     transformers.utils.logging.set_verbosity_error()
-    try:
-        _run(options)
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    _run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,19 +66,19 @@ def _parser() -> argparse.ArgumentParser:
     add("task", choices=sorted(TASKS))
     add("--config", type=Path, nargs="+", help="other files than launch/configs/controls/TASK.yaml; several: compared")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, as graft.memory.heads=4")
-    add("--seeds", type=int, default=1, help="how many (default 1); seeds 0, 1, …")
-    add("--first-seed", type=int, default=0)
-    add("--minutes", type=float, help="training of each model and seed")
-    add("--steps", type=int, help="the same in optimizer steps")
+    add("--seeds", type=whole_number(1, 10_000), default=1, help="how many (default 1); seeds 0, 1, …")
+    add("--first-seed", type=whole_number(0, 2**62), default=0)
+    add("--minutes", type=real_number(0, 10**6, above=True), help="training of each model and seed")
+    add("--steps", type=whole_number(1, 10**9), help="the same in optimizer steps")
     add("--order", choices=("first", "second"), help="of the memory's training")
     add("--first-order-parts", action="store_true", help="train no more than this at second order")
     add("--memory", choices=sorted(_MEMORIES), default="mlp", help="the network of the memory (default mlp)")
-    add("--dim", type=int, help="of the memory")
+    add("--dim", type=whole_number(1, 2**20), help="of the memory")
     add("--pairs", help="levels of the curriculum, such as 4,8,16,32")
     add("--measure", help="levels that are measured, such as 8,16,32,64")
     add("--full-context", action=argparse.BooleanOptionalAction, default=True, help="train that model as well")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, …")
-    add("--threads", type=int, help="of the processor")
+    add("--threads", type=whole_number(1, 4096), help="of the processor")
     add("--merge", type=Path, nargs="+", metavar="DIR", help="train nothing: one table of runs that differ in seeds")
     add("--compare", type=Path, nargs="+", metavar="DIR", help="train nothing: one table of runs of other settings")
     add("--out", type=Path, help="results (JSON and Markdown); runs/positive_control/TASK… where not given")
@@ -110,19 +109,30 @@ def changes_of(options: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise EvalError(f"--set {text}: expected NAME=VALUE, such as graft.memory.dim=64.")
-        changes[name] = yaml.safe_load(value)
+        try:
+            changes[name] = parse_yaml(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise EvalError(f"--set {text[:60]}: the value is not YAML ({str(error).splitlines()[0]}).") from error
     return changes
 
 
 def _levels(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+    # isdigit alone takes "²", which int does not.
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 10**6 for part in parts):
         raise EvalError(f"levels {text!r}: expected numbers above 0 and commas, such as 4,8,16,32.")
     return [int(part) for part in parts]
 
 
 def _run(options: argparse.Namespace) -> None:
     out = options.out or Path("runs") / "positive_control" / f"{options.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    files = sorted(options.config or [None], key=lambda path: "" if path is None else path.stem)  # X before X-linear
+    folders = [out if path is None or len(files) == 1 else out / path.stem for path in files]
+    if options.compare or len(files) > 1:
+        check_file(out / "comparison.json", rb'\A\{\s*"task"')
+        check_file(out / "comparison.md", rb"\A\| ")
+    for folder in () if options.compare else folders:
+        check_folder(folder, _RESULTS)
     if options.merge:
         merge(options.merge, out)
         return
@@ -131,24 +141,13 @@ def _run(options: argparse.Namespace) -> None:
         return
     if options.threads:
         torch.set_num_threads(options.threads)
-    files = sorted(options.config or [None], key=lambda path: "" if path is None else path.stem)  # X before X-linear
+    device = device_named(options.device)
     configs = [load_control(options.task, changes_of(options), path) for path in files]  # wrong ones end it here
-    folders = [out if path is None or len(files) == 1 else out / path.stem for path in files]
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     for config, folder in zip(configs, folders, strict=True):
-        run_control(config, seeds, _device(options.device), folder, options.full_context)
+        run_control(config, seeds, device, folder, options.full_context)
     if len(folders) > 1:
         compare(folders, out)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise EvalError(f"--device {name}: expected cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EvalError(f"--device {name}: this torch sees no CUDA device; use --device cpu.")
-    return device
 
 
 if __name__ == "__main__":

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .benchmark import SUBSETS
+from titans_ds.files import check_folder, locked
+from titans_ds.program import plain_console, real_number, some_text, whole_number
+
+from .data.benchmark import SUBSETS
+from .data.retrieval import METHODS
 from .options import COMPILE, DECODE_GRAPHS, STOPS, RunOptions
-from .retrieval import METHODS
-from .runner import plan_run, run
+from .run_folder import RUN
+from .runner import RunPlan, plan_run, run
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, modes: Mapping[str, str]) -> None:
@@ -22,9 +25,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, modes: Mapping[str, str])
     parser.epilog = f"modes:\n{listed}"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--base", required=True, help="base model: folder or hub id")
-    add("--adapter", help="adapter folder; not needed for vanilla modes")
-    add("--data", required=True, help="CrossCodeEval jsonl file")
+    add("--base", type=some_text, required=True, help="base model: folder or hub id")
+    add("--adapter", type=some_text, help="adapter folder; not needed for vanilla modes")
+    add("--data", type=some_text, required=True, help="CrossCodeEval jsonl file")
     add("--modes", required=True, help="comma-separated, see below")
     add("--out", type=Path, required=True, help="run folder")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -41,29 +44,36 @@ def _add_subset(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rows")
     group.add_argument("--limit", type=int, help="evaluate this many rows")
     group.add_argument("--subset", choices=SUBSETS, default="first", help="which: the first, or random ones by --seed")
-    group.add_argument("--seed", type=int, default=0, help="of random subsets, sampling and memory_wrong")
+    group.add_argument(
+        "--seed", type=whole_number(0, 2**62), default=0, help="of random subsets, sampling and memory_wrong"
+    )
 
 
 def _add_lengths(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("lengths in tokens")
-    group.add_argument("--max-length", type=int, default=2048, help="whole input and new tokens; cut on the left")
-    group.add_argument("--context-tokens", type=int, default=512, help="context before the prompt; cut on the right")
-    group.add_argument("--right-tokens", type=int, default=512, help="right context in fill-in-the-middle")
-    group.add_argument("--max-new-tokens", type=int, default=50)
+    group, tokens = parser.add_argument_group("lengths in tokens"), whole_number(0, 2**31)
+    group.add_argument("--max-length", type=tokens, default=2048, help="whole input and new tokens; cut on the left")
+    group.add_argument("--context-tokens", type=tokens, default=512, help="context before the prompt; cut on the right")
+    group.add_argument("--right-tokens", type=tokens, default=512, help="right context in fill-in-the-middle")
+    group.add_argument("--max-new-tokens", type=whole_number(1, 2**31), default=50)
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
-    group.add_argument("--batch-size", type=int, default=8, help="rows decoded together; changes no result in float32")
+    group.add_argument(
+        "--batch-size",
+        type=whole_number(1, 2**20),
+        default=8,
+        help="rows decoded together; changes no result in float32",
+    )
     group.add_argument("--stop", choices=STOPS, default="statement", help="end a row where scoring no longer changes")
-    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--temperature", type=real_number(0, 1000), default=0.0, help="0 is greedy (default)")
+    group.add_argument("--top-p", type=real_number(0, 1, above=True), default=1.0)
 
 
 def _add_retrieval(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("retrieval")
     group.add_argument("--retrieval", choices=METHODS, default="given", help="context as in the file, or rebuilt")
-    group.add_argument("--num-chunks", type=int, help="chunks to keep where it is rebuilt")
+    group.add_argument("--num-chunks", type=whole_number(0, 10**6), help="chunks to keep where it is rebuilt")
     group.add_argument("--embedder", help="encoder folder for --retrieval embedding")
 
 
@@ -92,7 +102,18 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 def run_command(options: argparse.Namespace) -> None:
     """Run, then write scores, comparison and report into the run folder."""
     settings = RunOptions(**{field.name: getattr(options, field.name) for field in fields(RunOptions)})
-    plan = plan_run(settings, options.out, options.resume)
+    busy = f"another process writes to {options.out}; wait for it, or give another --out"
+    check_folder(options.out, RUN)
+    with locked(options.out, busy):
+        _generate(plan_run(settings, options.out, options.resume))
+        if not options.no_report:
+            from .reporting.command import write_report
+
+            write_report(options.out, options.postprocess, options.es_backend)
+
+
+def _generate(plan: RunPlan) -> None:
+    """Make what is missing, with a bar of progress."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -100,7 +121,7 @@ def run_command(options: argparse.Namespace) -> None:
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=plain_console(stderr=True),
     )
     with bar:
         tasks = {mode.name: bar.add_task(mode.name, start=False, total=None, rate="") for mode in plan.modes}
@@ -112,8 +133,4 @@ def run_command(options: argparse.Namespace) -> None:
             bar.update(tasks[mode], completed=made, total=total, rate=rate)
 
         counts = run(plan, show)
-    print(f"{counts['generated']} completions in {options.out}; {counts}")
-    if not options.no_report:
-        from .report_command import write_report
-
-        write_report(options.out, options.postprocess, options.es_backend)
+    print(f"{counts['generated']} completions in {plan.folder}; {counts}")

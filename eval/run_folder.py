@@ -12,20 +12,60 @@ report.html, report.md
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arms import Arm, build_arms
-from .benchmark import file_digest, load_benchmark
+from typing_extensions import NotRequired, TypedDict
+
+from titans_ds.errors import DataError
+from titans_ds.files import Kind, sha256_of
+from titans_ds.reading import read_json, read_jsonl, strict_record
+
+from .data.benchmark import load_benchmark
 from .errors import EvalError
-from .predictions import Prediction, check_complete, load_predictions, read_jsonl
+from .scoring.arms import Arm, build_arms
+from .scoring.predictions import Prediction, check_complete, load_predictions
 
 if TYPE_CHECKING:
     from data_prep.crosscodeeval import CrossCodeEvalRow
 
 CONFIG, PREDICTIONS, TEXTS = "config.json", "predictions.jsonl", "texts.jsonl"
+RUN = Kind("a run of this program", CONFIG, rb'"config_hash"|"modes"\s*:')
+
+
+@strict_record
+class _Mode(TypedDict):
+    name: str
+    description: str
+
+
+@strict_record
+class _Config(TypedDict):
+    config_hash: str
+    task_ids: list[str]
+    data: str
+    data_sha256: str
+    base: str
+    adapter: NotRequired[str | None]
+    language: NotRequired[str | None]
+    num_rows: int
+    mode_list: list[_Mode]
+    versions: dict[str, str | None]
+    batch_size: int
+    device: str
+    limit: int | None
+    temperature: float
+    max_new_tokens: int
+    seed: int
+
+
+@strict_record
+class Text(TypedDict):
+    """A line of texts.jsonl."""
+
+    digest: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -54,29 +94,28 @@ def read_run(folder: str | Path, data: str | Path | None = None, partial: bool =
     predictions = load_predictions(folder / PREDICTIONS)
     check_complete(predictions, set(rows), partial)
     texts = folder / TEXTS
-    stored = {record["digest"]: record["text"] for record, _ in read_jsonl(texts)} if texts.exists() else {}
+    lines = read_jsonl(texts, Text, "Make the run again.") if texts.exists() else ()
+    stored = {record["digest"]: record["text"] for record, _ in lines}
     return RunFolder(folder, config, rows, predictions, stored)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json; EvalError where the folder has none or it is damaged."""
+    remedy = "Expected what `python -m eval.crosscodeeval run --out` wrote."
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise EvalError(
-            f"{folder} is no run folder ({CONFIG}: {error}). "
-            "Expected what `python -m eval.crosscodeeval run --out` wrote."
-        ) from error
-    if not isinstance(config, dict) or "task_ids" not in config:
-        raise EvalError(f"{folder / CONFIG} does not look like a run's configuration; expected task_ids in it.")
-    return config
+        return dict(read_json(folder / CONFIG, _Config, remedy))
+    except DataError as error:
+        raise EvalError(f"{folder} is no run folder: {error}") from error
 
 
 def _rows_of(config: dict[str, Any], data: str | Path | None) -> dict[str, CrossCodeEvalRow]:
     path = Path(data or config["data"])
     if not path.is_file():
         raise EvalError(f"The run's data {path} is not there. Give its new place with --data.")
-    if file_digest(path) != config["data_sha256"]:
+    if sha256_of(path) != config["data_sha256"]:
         raise EvalError(f"{path} is not the run's data (its SHA-256 differs). Give the right file with --data.")
     rows = load_benchmark(path, config.get("language"))
+    unknown = [task for task in config["task_ids"] if task not in rows]
+    if unknown:
+        raise EvalError(f"{CONFIG} names the task {unknown[0]!r}, which {path} does not have. Give the run's own data.")
     return {task: rows[task] for task in config["task_ids"]}

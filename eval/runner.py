@@ -6,29 +6,34 @@ again.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from .benchmark import file_digest, load_benchmark, select_rows
-from .decoding import Completion, Decoder, DecodeSettings, Job
+from titans_ds.files import check_folder, sha256_of, whole_lines, write_json
+from titans_ds.graft.adapter import CONFIG_FILE, WEIGHTS_FILE
+from titans_ds.reading import read_jsonl
+
+from .data.benchmark import load_benchmark, select_rows
+from .data.prompts import Budget, BuiltPrompt, PromptBuilder
+from .data.retrieval import Retriever
 from .errors import EvalError
-from .files import write_json
-from .likelihood import healed_target, plain_target, summarise_likelihood
+from .generation.decoding import Completion, Decoder, DecodeSettings, Job
+from .generation.likelihood import healed_target, plain_target, summarise_likelihood
+from .generation.model import Subject
 from .modes import Mode, ModeInputs, get_modes
 from .modes.mode import no_context
 from .options import RunOptions
-from .postprocess import is_settled
-from .prompts import Budget, BuiltPrompt, PromptBuilder
 from .provenance import describe_environment
-from .retrieval import Retriever
-from .run_folder import CONFIG, PREDICTIONS, TEXTS, read_config
-from .subject import Subject
+from .run_folder import CONFIG, PREDICTIONS, RUN, TEXTS, Text, read_config
+from .scoring.postprocess import is_settled
+from .scoring.predictions import REMEDY, Line
 
 if TYPE_CHECKING:
     from data_prep.crosscodeeval import CrossCodeEvalRow
@@ -39,7 +44,7 @@ LoadSubject = Callable[[RunOptions, bool], Subject]
 
 @dataclass
 class RunPlan:
-    """A checked run: what is to be made, and under which configuration."""
+    """A checked run: what is to be made, and under which configuration (`config` as config.json holds it)."""
 
     options: RunOptions
     folder: Path
@@ -47,6 +52,7 @@ class RunPlan:
     rows: dict[str, CrossCodeEvalRow]
     modes: list[Mode]
     config_hash: str
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def load_subject(options: RunOptions, vanilla: bool) -> Subject:
@@ -55,12 +61,13 @@ def load_subject(options: RunOptions, vanilla: bool) -> Subject:
 
 
 def plan_run(options: RunOptions, folder: Path, resume: bool) -> RunPlan:
-    """Check everything that can be checked without the model, and write config.json.
+    """Check everything that can be checked without the model. Writes nothing: config.json comes with the first sample.
 
     Raises:
         EvalError: an unknown mode or boundary, a mode that needs an adapter, a folder that holds a run already (without
             `resume`) or one with another configuration.
     """
+    check_folder(folder, RUN)
     if resume and options.compile == "auto" and (folder / CONFIG).exists():
         options = replace(options, compile=read_config(folder).get("compile", "none"))  # as the rows that are there
     options = options.resolved()
@@ -76,24 +83,24 @@ def plan_run(options: RunOptions, folder: Path, resume: bool) -> RunPlan:
         options.check_room()
     all_rows = load_benchmark(options.data, options.language)
     rows = select_rows(all_rows, options.limit, options.subset, options.seed)
-    identity = {"data_sha256": file_digest(options.data), "adapter_sha256": _adapter_digest(options.adapter)}
+    identity = {"data_sha256": sha256_of(options.data), "adapter_sha256": _adapter_digest(options.adapter)}
     identity["base_files"] = _base_files(options.base)
     plan = RunPlan(options, folder, all_rows, rows, modes, options.digest(identity))
     _check_folder(plan, resume)
-    write_json(folder / CONFIG, _config(plan, identity))
+    plan.config = _config(plan, identity)
     return plan
 
 
 def _adapter_digest(adapter: str | None) -> str | None:
     if adapter is None:
         return None
-    files = [Path(adapter) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    files = [Path(adapter) / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
     for path in files:
         if not path.is_file():
             raise EvalError(
                 f"{adapter} holds no adapter ({path.name} is missing). Expected what save_pretrained wrote."
             )
-    return hashlib.sha256("".join(file_digest(path) for path in files).encode()).hexdigest()
+    return hashlib.sha256("".join(sha256_of(path) for path in files).encode()).hexdigest()
 
 
 def _base_files(base: str) -> dict[str, Any] | None:
@@ -102,7 +109,7 @@ def _base_files(base: str) -> dict[str, Any] | None:
     if not (folder / "config.json").is_file():
         return None
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-    return {"config_sha256": file_digest(folder / "config.json"), "sizes": sizes}
+    return {"config_sha256": sha256_of(folder / "config.json"), "sizes": sizes}
 
 
 def _check_folder(plan: RunPlan, resume: bool) -> None:
@@ -157,31 +164,20 @@ def run(plan: RunPlan, progress: Progress, load: LoadSubject = load_subject) -> 
             counts["tokens_primed"] += subject.num_tokens_primed
             del subject
             gc.collect()  # the next model may need the room
-    config = read_config(plan.folder)
-    write_json(plan.folder / CONFIG, config | {"counts": counts})
+    write_json(plan.folder / CONFIG, plan.config | {"counts": counts})
     return counts
 
 
-def _finished(plan: RunPlan) -> set[tuple[str, str, str]]:
+def _finished(plan: RunPlan) -> set[tuple[str, str | None, str | None]]:
     """(task, mode, boundary) on disk under this configuration."""
-    records = [json.loads(line) for line in _whole_lines(plan.folder / PREDICTIONS)]
-    return {(r["task_id"], r["mode"], r["boundary"]) for r in records if r["config_hash"] == plan.config_hash}
+    path = plan.folder / PREDICTIONS
+    records = [record for record, _ in read_jsonl(path, Line, REMEDY)] if whole_lines(path) else []
+    return {
+        (r["task_id"], r.get("mode"), r.get("boundary")) for r in records if r.get("config_hash") == plan.config_hash
+    }
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file that only grows; a last one without its end is dropped from the file."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(whole)
-        temporary.replace(path)
-    return [line for line in whole.decode("utf-8").split("\n") if line]
-
-
-def _missing(plan: RunPlan, mode: Mode, done: set[tuple[str, str, str]]) -> dict[str, tuple[str, ...]]:
+def _missing(plan: RunPlan, mode: Mode, done: set[tuple[str, str | None, str | None]]) -> dict[str, tuple[str, ...]]:
     """{task: boundaries still to be made}."""
     left = {task: tuple(b for b in plan.options.boundaries if (task, mode.name, b) not in done) for task in plan.rows}
     return {task: boundaries for task, boundaries in left.items() if boundaries}
@@ -191,7 +187,7 @@ def _run_mode(
     plan: RunPlan,
     subject: Subject,
     mode: Mode,
-    done: set[tuple[str, str, str]],
+    done: set[tuple[str, str | None, str | None]],
     progress: Progress,
     counts: dict[str, Any],
 ) -> None:
@@ -208,7 +204,7 @@ def _run_mode(
     )
     decoder = Decoder(subject, subject.vocabulary, settings, subject.device)
     total, made = sum(map(len, missing.values())), 0
-    with subject.on_path(mode.path, **mode.controls), _Appender(plan.folder) as appender:
+    with subject.on_path(mode.path, **mode.controls), _Appender(plan) as appender:
         for completion in decoder.run(jobs):
             appender.write(*maker.record(completion))
             made += 1
@@ -316,23 +312,32 @@ class _JobMaker:
 
 
 class _Appender:
-    """Appends records and texts, each flushed to disk before the next is made."""
+    """Appends records and texts, each flushed to disk before the next is made.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known = {json.loads(line)["digest"] for line in _whole_lines(folder / TEXTS)}
+    The configuration and the files come with the first sample: a start that fails before it leaves nothing.
+    """
+
+    def __init__(self, plan: RunPlan) -> None:
+        self._plan, self._files = plan, contextlib.ExitStack()
+        self._texts: IO[str] | None = None
+        path = plan.folder / TEXTS
+        lines = read_jsonl(path, Text, "Make the run again.") if whole_lines(path) else ()
+        self._known = {record["digest"] for record, _ in lines}
 
     def __enter__(self) -> _Appender:
-        self._predictions = (self._folder / PREDICTIONS).open("a", encoding="utf-8")
-        self._texts = (self._folder / TEXTS).open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._predictions.close()
-        self._texts.close()
+        self._files.close()
+
+    def _open(self, name: str) -> IO[str]:
+        return self._files.enter_context((self._plan.folder / name).open("a", encoding="utf-8", errors="replace"))
 
     def write(self, record: dict[str, Any], texts: Mapping[str, str]) -> None:
         """Append one sample; its texts first, so that every digest on disk can be looked up."""
+        if self._texts is None:
+            write_json(self._plan.folder / CONFIG, self._plan.config)
+            self._texts, self._predictions = self._open(TEXTS), self._open(PREDICTIONS)
         for digest in texts.keys() - self._known:
             self._texts.write(json.dumps({"digest": digest, "text": texts[digest]}, ensure_ascii=False) + "\n")
             self._known.add(digest)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from titans_ds.errors import ConfigError, TitansError
+from titans_ds.memory import registry
 from titans_ds.training.settings import TrainConfig
+from titans_ds.validation import describe, fits, require
+from titans_ds.yaml_files import option_value, parse_yaml, read_yaml
 
 _FREE_FORM = ("model.architecture",)  # keys below these are transformers' own
+_MEMORY = "graft.memory"  # whose settings depend on the preset: titans_ds.memory.registry types them
 
 
 def make_parser() -> ArgumentParser:
@@ -40,21 +45,86 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, str]:
         ConfigError: an unknown key (names the nearest), a wrong type, a missing file, or settings that can't work.
     """
     arguments = [_full_name(a) for a in argv if not a.startswith(("--local_rank", "--local-rank"))]
-    parser = make_parser()
-    known = sorted(setting_types())
-    _check_options(arguments, known)
-    for path in _config_files(arguments):
-        _check_file(path, known)
+    values, text = checked_values(make_parser(), TrainConfig, _with_run_dir(arguments))
+    config = TrainConfig(**values)
+    # In a shell, an unquoted ~ behind a = is YAML's null.
+    require(config.run.dir is not None, "run.dir is null; give the folder of the run")
+    return config, text
+
+
+def checked_values(parser: ArgumentParser, cls: Any, arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The fields of a configuration, and all of it as YAML.
+
+    Args:
+        parser: with the fields of `cls` as its arguments, and --config.
+        cls: dataclass of the configuration.
+        arguments: of the command line.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a missing file, or settings that can't work.
+    """
+    types = setting_types(cls)
+    _check_options(arguments, types)
+    files = [_checked_file(path, types) for path in _config_files(arguments)]
+    arguments = _with_memory(arguments, files)
     try:
-        namespace = parser.parse_args(_with_run_dir(arguments))
+        namespace = parser.parse_args(list(arguments))
         text = parser.dump(namespace, skip_none=False)  # null is a value: of deepspeed not the default
-        values = parser.instantiate(namespace)
+        values = vars(parser.instantiate(namespace))
     except TitansError:
         raise
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError(_one_line(str(error))) from error
     values.pop("config", None)
-    return TrainConfig(**vars(values)), text
+    return values, text
+
+
+def _with_memory(arguments: Sequence[str], files: Sequence[dict[str, Any]]) -> list[str]:
+    """The arguments with all --graft.memory.NAME VALUE as one --graft.memory, over what the `files` hold.
+
+    The names depend on the preset, so that the parser can't know them.
+
+    Raises:
+        ConfigError: an option without a value, or a value that is no YAML.
+    """
+    rest: list[str] = []
+    place = 0  # behind all files and these options, and before a --graft null that follows them
+    found: dict[str, Any] = {}
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, separator, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not (name == _MEMORY or name.startswith(f"{_MEMORY}.")):
+            rest.append(argument)
+            if name == "config":
+                rest += [] if separator else [next(waiting, "")]
+                place = len(rest)
+            continue
+        parsed = _yaml_value(name, value if separator else next(waiting, ""))
+        keys = name.removeprefix(_MEMORY).split(".")[1:]
+        for key in reversed(keys):
+            parsed = {key: parsed}
+        found, place = _merged(found, parsed), len(rest)
+    if not found:
+        return rest
+    settings: dict[str, Any] = {}
+    for values in files:
+        settings = _merged(settings, (values.get("graft") or {}).get("memory") or {})
+    return [*rest[:place], f"--{_MEMORY}={json.dumps(_merged(settings, found))}", *rest[place:]]
+
+
+def _yaml_value(name: str, text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{name} is {text!r}, which is no YAML value: {_one_line(str(error))}") from error
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `values`, group by group. Another preset starts anew."""
+    if "preset" in changes and changes["preset"] != values.get("preset"):
+        values = {}
+    both = {key for key, value in changes.items() if isinstance(value, dict) and isinstance(values.get(key), dict)}
+    return {**values, **changes, **{key: _merged(values[key], changes[key]) for key in both}}
 
 
 def _full_name(argument: str) -> str:
@@ -69,9 +139,10 @@ def _with_run_dir(arguments: list[str]) -> list[str]:
     return [f"--run.dir=runs/{name}", *arguments]
 
 
-def setting_types() -> dict[str, Any]:
+def setting_types(cls: Any = TrainConfig) -> dict[str, Any]:
     """Type hint of every setting and section by its dotted name, as `graft.memory.dim`."""
-    return dict(_walk(TrainConfig, ""))
+    memory = {f"{_MEMORY}.{name}": hint for name, hint in registry.setting_types().items()}
+    return dict(_walk(cls, "")) | (memory if cls is TrainConfig else {})
 
 
 def check_setting(name: str, where: str) -> None:
@@ -93,12 +164,17 @@ def _walk(cls: Any, prefix: str) -> Iterator[tuple[str, Any]]:
                 yield from _walk(hint, f"{prefix}{item.name}.")
 
 
-def _check_options(arguments: Sequence[str], known: list[str]) -> None:
-    for argument in arguments:
+def _check_options(arguments: Sequence[str], types: dict[str, Any]) -> None:
+    """Every option, with its value where it has one: after "=", or as the next argument."""
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument.startswith("--"):
-            key = argument[2:].split("=", 1)[0]
-            if key not in ("config", "help", "print_config", "graft.help"):
-                _check_key(key, known, "option --")
+            key, equals, inline = argument[2:].partition("=")
+            if key in ("config", "help", "print_config") or key.endswith(".help"):
+                continue
+            _check_key(key, types, "option --")
+            text = inline if equals else after
+            if equals or not after.startswith("--"):
+                _check_value(key, option_value(text), types, "", text)
 
 
 def _config_files(arguments: Sequence[str]) -> list[str]:
@@ -106,35 +182,81 @@ def _config_files(arguments: Sequence[str]) -> list[str]:
     return inline + [b for a, b in itertools.pairwise(arguments) if a == "--config"]
 
 
-def _check_file(path: str, known: list[str]) -> None:
+def _checked_file(path: str, types: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration file holds."""
     if not os.path.isfile(path):
         raise ConfigError(f"the configuration file {path} does not exist; see launch/configs/ for those that ship")
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {_one_line(str(error))}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold sections (model, data, graft, …), one mapping each")
-    for key in _keys_of(values):
-        _check_key(key, known, f"{path}: key ")
+    values = read_yaml(Path(path), "sections (model, data, graft, …), one mapping each")
+    _check_section(values, "", types, f"{path}: ")
+    return values
 
 
-def _keys_of(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _check_section(values: dict[str, Any], prefix: str, types: dict[str, Any], where: str) -> None:
     for key, value in values.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict) and f"{prefix}{key}" not in _FREE_FORM:
-            yield from _keys_of(value, f"{prefix}{key}.")
+        name = f"{prefix}{key}"
+        _check_key(name, types, f"{where}key ")
+        _check_value(name, value, types, where)
 
 
-def _check_key(key: str, known: list[str], where: str) -> None:
-    if key in known or key.startswith(tuple(f"{name}." for name in _FREE_FORM)):
+def _check_value(name: str, value: Any, types: dict[str, Any], where: str, text: str | None = None) -> None:
+    """Refuse a value of the wrong type before jsonargparse sees it: that would take text in place of a section, or a
+    class_path anywhere, for the name of a class, import it, and make one.
+
+    Args:
+        name: of the setting.
+        value: as YAML.
+        types: of all settings.
+        where: it was found, as the message begins.
+        text: of the option, which a setting of type str takes as it is.
+    """
+    if _is_free_form(name):
+        _refuse_classes(name, value, where)
+    hint = types.get(name, Any)
+    choices = get_args(hint) or (hint,)
+    if any(map(is_dataclass, choices)) or name == _MEMORY:
+        if isinstance(value, dict):
+            _check_section(value, f"{name}.", types, where)
+        elif value is not None or type(None) not in choices:
+            more = ", or null" if type(None) in choices else ", as {preset: delta}" if name == _MEMORY else ""
+            raise ConfigError(
+                f"{where}{name} is {_shown(value)}; expected a section, a mapping of its settings by name{more}"
+            )
+        return
+    # YAML in quotes is text, which jsonargparse reads as the number that it spells.
+    forms = [value, *([] if text is None else [text]), *([option_value(value)] if isinstance(value, str) else [])]
+    forms = [tuple(form) if isinstance(form, list) and get_origin(hint) is tuple else form for form in forms]
+    if not any(fits(form, hint) for form in forms):
+        shown = _shown(value if text is None else text)
+        raise ConfigError(f"{where}{name} is {shown}; expected {describe(hint)}")
+
+
+def _is_free_form(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in _FREE_FORM)
+
+
+def _refuse_classes(name: str, value: Any, where: str) -> None:
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if key in ("class_path", "init_args"):
+            raise ConfigError(f"{where}{name} has the key {key}, which would make an object of a class; take it out")
+        _refuse_classes(f"{name}.{key}", inner, where)
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def _check_key(key: str, known: Iterable[str], where: str) -> None:
+    if key in known or _is_free_form(key):
+        if key.rsplit(".", 1)[-1] in ("class_path", "init_args"):
+            raise ConfigError(f"{where}{key} would make an object of a class; take it out")
         return
     near = _nearest(key, known)
     hint = f"did you mean {near}?" if near else "launch/train.py --help lists all"
     raise ConfigError(f"{where}{key} is unknown; {hint}")
 
 
-def _nearest(key: str, known: list[str]) -> str | None:
+def _nearest(key: str, known: Iterable[str]) -> str | None:
     """A setting of that very name in another section, or else the one spelt most like it."""
     by_name = {name.rsplit(".", 1)[-1]: name for name in known}
     last = key.rsplit(".", 1)[-1]
@@ -143,12 +265,7 @@ def _nearest(key: str, known: list[str]) -> str | None:
 
 
 def _one_line(message: str) -> str:
-    """jsonargparse explains a value that fits nothing over many lines; keep the key, what was expected, what came."""
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    expected = re.search(r"Expected an? (.+?)\. Got value: ([^\n]+)", message)
-    if keys and expected:
-        name = re.sub(r"<class '([^']+)'>", r"\1", expected.group(1))
-        name = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", name)
-        prefix = [k for k in keys if k != keys[-1]][:1] if len(keys) > 1 and not keys[-1].startswith(keys[0]) else []
-        return f"{'.'.join([*prefix, keys[-1]])} is {expected.group(2).strip()}; expected {name}"
-    return re.sub(r"\s+", " ", message).strip()
+    """What jsonargparse says of settings that don't go together. It puts the reason into a list of all types that an
+    optional section could have been."""
+    reasons = re.findall(r"^\s*- (?!Expected an? )(.+)$", message, re.MULTILINE)
+    return re.sub(r"\s+", " ", reasons[0] if "Union subtypes" in message and reasons else message).strip()

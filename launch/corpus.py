@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from titans_ds.errors import DataError
-
-_COLUMNS = ("repo", "content", "n_bytes")
+from titans_ds.errors import DataError, TitansError
 
 
 def packed_corpus(corpus: str, tokenizer: str | None) -> Path:
@@ -36,32 +34,9 @@ def packed_corpus(corpus: str, tokenizer: str | None) -> Path:
         )
     if tokenizer is None:
         raise DataError(f"data.corpus: {folder} is not packed; set model.tokenizer to pack it with")
-    for path in sorted(folder.glob("*.parquet")):
-        _check_columns(path)
-    return _pack(folder, tokenizer)
-
-
-def _pack(folder: Path, tokenizer: str) -> Path:
-    from data_prep.errors import DataPrepError
     from data_prep.pack_corpus import pack
 
     try:
         return pack(folder, tokenizer)[0]
-    except DataPrepError as error:
+    except TitansError as error:
         raise DataError(f"data.corpus: {folder} can't be packed: {error}") from error
-
-
-def _check_columns(path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        columns = pq.read_schema(path).names
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"data.corpus: {path} is not a readable parquet file: {error}") from error
-    missing = [name for name in _COLUMNS if name not in columns]
-    if missing:
-        raise DataError(
-            f"data.corpus: {path} lacks the column {', '.join(missing)} (it has {', '.join(columns)}); make the corpus "
-            "with python -m data_prep.build_corpus"
-        )

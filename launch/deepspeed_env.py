@@ -19,7 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, only its own folder is on the path
 
-from titans_ds.errors import ConfigError, TitansError
+from titans_ds.errors import ConfigError
+from titans_ds.files import check_file, write_text
+from titans_ds.program import program
 
 # DeepSpeed passes on by itself what starts with PYTHON, NCCL, UCX, LD_LIBRARY_PATH, PATH.
 _PREFIXES = ("DS_", "GLOO_", "HF_", "NCCL_", "OMP_", "TITANS_", "TORCH_", "TORCHINDUCTOR_", "TRANSFORMERS_", "TRITON_")
@@ -28,22 +30,18 @@ _SECRET = re.compile(r"TOKEN($|_(?!IZER))|KEY|SECRET|PASSWORD|CREDENTIAL")
 _UNSAFE = re.compile(r"[\"'`$\\\n]")  # DeepSpeed puts values into a shell's command line, at most within double quotes
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program("run the same command again")
+def main(argv: list[str]) -> None:
     """Run the program; returns its exit code, 2 for an error that the user can mend."""
     parser = argparse.ArgumentParser(prog="launch/deepspeed_env.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(".deepspeed_env"), help="file to write (%(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="more variables, or other values")
     options = parser.parse_args(argv)
-    try:
-        values = {**chosen(os.environ), **given(options.set)}
-        write(options.out, values)
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    values = {**chosen(os.environ), **given(options.set)}
+    write(options.out, values)
     for name in sorted(n for n in os.environ if _wanted(n) and _SECRET.search(n)):
         print(f"left out, since it looks like a secret: {name}")
     print(f"{options.out}: {', '.join(sorted(values)) or 'no variables'}")
-    return 0
 
 
 def chosen(environment: Mapping[str, str]) -> dict[str, str]:
@@ -60,16 +58,18 @@ def given(assignments: Sequence[str]) -> dict[str, str]:
 
 
 def write(path: Path, values: Mapping[str, str]) -> None:
-    """Write the file. Raises ConfigError where DeepSpeed could not pass a value on unchanged."""
+    """Write the file.
+
+    Raises ConfigError where DeepSpeed could not pass a value on unchanged, OutputError where something else is there.
+    """
+    check_file(path, rb"\A(\w+=[^\n]*\n)+\Z")
     for name, value in values.items():
         if _UNSAFE.search(value) or not value:
             raise ConfigError(
                 f"{name} is {value!r}: DeepSpeed can't pass on a value that is empty or holds a quote, $, `, \\ or a "
                 f"line break. Unset it, or give another: --set {name}=VALUE"
             )
-    partial = path.with_name(path.name + ".part")
-    partial.write_text("".join(f"{name}={value}\n" for name, value in sorted(values.items())), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(f"{name}={value}\n" for name, value in sorted(values.items())))
 
 
 def _wanted(name: str) -> bool:

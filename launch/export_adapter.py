@@ -3,7 +3,7 @@
     python launch/export_adapter.py RUN --out FOLDER [--base PATH_OR_HUB_ID]
 
 RUN is a run folder, or one of its checkpoints. The result loads with titans_ds.TitansModel.from_pretrained, without
-DeepSpeed.
+DeepSpeed. Whether code or pickles are trusted is said by the options alone, not by the checkpoint's configuration.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, only its own folder is on the path
@@ -21,17 +20,24 @@ import transformers
 from torch import Tensor
 
 from launch.arguments import parse
-from titans_ds.errors import CheckpointError, TitansError
-from titans_ds.training import build, torch_checkpoint
-from titans_ds.training import checkpoint_files as files
-from titans_ds.training.checkpoint import Found
+from titans_ds.errors import CheckpointError
+from titans_ds.files import Kind, atomic_folder, check_folder
+from titans_ds.graft.adapter import CONFIG_FILE
+from titans_ds.program import program, some_text
+from titans_ds.training import build
+from titans_ds.training.checkpoints import files
+from titans_ds.training.checkpoints import torch_file as torch_checkpoint
+from titans_ds.training.checkpoints.checkpoint import Found
+from titans_ds.training.checkpoints.resume import TRUST_HELP, check_loadable, has_pickles, open_checkpoint
 from titans_ds.training.engine import TorchEngine
 from titans_ds.training.optimizer import make_optimizer
-from titans_ds.training.resume import has_pickles, open_checkpoint, warn_of_pickles
 from titans_ds.training.settings import TrainConfig
 
+_EXPORT = Kind("an exported adapter", f"adapter/{CONFIG_FILE}")
 
-def main(argv: Sequence[str] | None = None) -> int:
+
+@program("nothing was written; run the same command again")
+def main(argv: list[str]) -> None:
     """Run the program; returns its exit code, 2 for an error that the user can mend."""
     transformers.utils.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(prog="launch/export_adapter.py", description=__doc__.splitlines()[0])
@@ -39,40 +45,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder to write adapter/ (and model/) into; must be new"
     )
-    parser.add_argument("--base", help="the base model, where it has moved since")
+    parser.add_argument("--base", type=some_text, help="the base model, where it has moved since")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
+    parser.add_argument("--allow-pickle", action="store_true", help="also load base weights that are not safetensors")
+    parser.add_argument("--trust-checkpoint", action="store_true", help=TRUST_HELP)
     options = parser.parse_args(argv)
-    try:
-        for folder in export(open_checkpoint(options.checkpoint), options.out, options.base):
-            print(f"wrote {folder}")
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    trusted = {"trust_remote_code": options.trust_remote_code, "allow_pickle": options.allow_pickle}
+    found = open_checkpoint(options.checkpoint)
+    for folder in export(found, options.out, options.base, options.trust_checkpoint, **trusted):
+        print(f"wrote {folder}")
 
 
-def export(found: Found, out: Path, base: str | None = None) -> list[Path]:
+def export(
+    found: Found, out: Path, base: str | None = None, trust_checkpoint: bool = False, **trusted: bool
+) -> list[Path]:
     """Write adapter/ and model/, as a run does at its end.
 
     Args:
         found: the checkpoint.
         out: must not exist, or be empty.
         base: in place of the base model that the checkpoint names.
+        trust_checkpoint: load its pickles whatever they import.
+        trusted: model.trust_remote_code and model.allow_pickle, both off where not given.
 
     Returns:
         the folders written.
 
     Raises:
-        CheckpointError: `out` is not empty, or the checkpoint does not fit its own configuration.
+        CheckpointError: `out` is not empty, or the checkpoint does not fit its own configuration or is not to be
+            trusted.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if check_folder(out, _EXPORT).is_dir() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; choose a new folder")
-    config = _config(found, base)
+    check_loadable(found, trust_checkpoint, "give --trust-checkpoint")
+    config = _config(found, base, **trusted)
     model = build.load_base(config.model, config.training.seed, _vocabulary(found))
     module = build.make_module(model, config)
     engine = TorchEngine(module, make_optimizer(module, config.optimizer), 0.0, torch.device("cpu"))
     _fill(engine, trained_parameters(found), found)
-    out.mkdir(parents=True, exist_ok=True)
-    build.save_trained(engine, out, config, build.load_tokenizer(config.model), writes=True)
+    with atomic_folder(out, _EXPORT) as folder:
+        build.save_trained(engine, folder, config, build.load_tokenizer(config.model), writes=True)
     return sorted(out.iterdir())
 
 
@@ -83,15 +95,17 @@ def trained_parameters(found: Found) -> dict[str, Tensor]:
         return torch_checkpoint.trained_parameters(folder)
     from titans_ds.zero import checkpoint
 
-    warn_of_pickles(found)
     return checkpoint.trained_parameters(folder, found.universal)
 
 
-def _config(found: Found, base: str | None) -> TrainConfig:
-    """Of the run, but for what an export without a GPU can't have, and another base."""
+def _config(found: Found, base: str | None, trust_remote_code: bool = False, allow_pickle: bool = False) -> TrainConfig:
+    """Of the run, but for what an export without a GPU can't have, another base, and what the user trusts."""
     config, _ = parse(["--config", str(found.path / files.CONFIG)])
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, layer_graphs=False))
-    return config if base is None else dataclasses.replace(config, model=dataclasses.replace(config.model, base=base))
+    model = dataclasses.replace(config.model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    if base is not None:
+        model = dataclasses.replace(model, base=base, architecture=None)
+    training = dataclasses.replace(config.training, layer_graphs=False)
+    return dataclasses.replace(config, model=model, training=training)
 
 
 def _vocabulary(found: Found) -> int:
@@ -99,7 +113,8 @@ def _vocabulary(found: Found) -> int:
 
 
 def _fill(engine: TorchEngine, values: dict[str, Tensor], found: Found) -> None:
-    masters = engine.named_masters()
+    masters, ranks = engine.named_masters(), found.marker["world_size"]
+    flat = found.universal and found.marker["identity"].get("engine") == "ZeRO-3"
     missing = sorted(set(masters) - set(values))
     if missing:
         raise CheckpointError(
@@ -107,8 +122,17 @@ def _fill(engine: TorchEngine, values: dict[str, Tensor], found: Found) -> None:
         )
     with torch.no_grad():
         for name, master in masters.items():
-            # ZeRO-3's universal form is flat, and padded to the ranks that wrote it.
-            master.copy_(values[name].flatten()[: master.numel()].view_as(master))
+            value, size = values[name], master.numel()
+            # ZeRO-3's universal form is flat, and padded with zeros to a multiple of the ranks that wrote it.
+            padded = [-(-size // ranks) * ranks]
+            if flat and list(value.shape) == padded and not value[size:].any():
+                value = value[:size].view_as(master)
+            if value.shape != master.shape:
+                raise CheckpointError(
+                    f"{name} has shape {list(value.shape)} in {found.path}, and {list(master.shape)} by its "
+                    f"{files.CONFIG} and the base model; give the base model that it was trained on (--base)"
+                )
+            master.copy_(value)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from launch.preflight_checks import Check, judge
-from launch.preflight_facts import collect
-from titans_ds.errors import TitansError
+from launch.nodes.checks import Check, judge
+from launch.nodes.facts import collect
+from titans_ds.program import program, real_number, whole_number
 from titans_ds.training import ranks
 from titans_ds.zero.engine import local_device, start_ranks
 from titans_ds.zero.leaving import leave, stop_ranks
@@ -38,24 +38,20 @@ from titans_ds.zero.leaving import leave, stop_ranks
 _COLORS = {"ok": "green", "note": "yellow", "FAILED": "red"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program("nothing was changed")
+def main(given: list[str]) -> int:
     """Run the program; returns its exit code, the same on all ranks."""
     transformers.utils.logging.set_verbosity_error()
-    given = list(sys.argv[1:] if argv is None else argv)
     if any(a in ("-h", "--help") for a in given):
         print(__doc__)
         return 0
-    try:
-        options, arguments = own_options(given)
-        start_ranks(timedelta(seconds=options.wait))
-        device = local_device()
-        facts = collect(arguments, device, options.mib)
-        checks = ranks.on_rank_zero(lambda: judge(facts, options))
-        if ranks.rank() == 0:
-            show(Console(width=None if sys.stdout.isatty() else 150), checks, facts)
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    options, arguments = own_options(given)
+    start_ranks(timedelta(seconds=options.wait))
+    device = local_device()
+    facts = collect(arguments, device, options.mib)
+    checks = ranks.on_rank_zero(lambda: judge(facts, options))
+    if ranks.rank() == 0:
+        show(Console(width=None if sys.stdout.isatty() else 150), checks, facts)
     stop_ranks()
     return int(any(check.verdict == "FAILED" for check in checks))
 
@@ -63,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This program's options, and the training program's arguments."""
     parser = argparse.ArgumentParser(prog="launch/preflight.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--min_bandwidth", type=float, default=0.0)
-    parser.add_argument("--max_skew", type=float, default=5.0)
-    parser.add_argument("--min_free", type=float, default=1.0)
-    parser.add_argument("--mib", type=int, default=64)
-    parser.add_argument("--wait", type=float, default=180.0)
-    parser.add_argument("--min_accelerator", type=float, default=0.9)
+    parser.add_argument("--min_bandwidth", type=real_number(0, 10**6), default=0.0)
+    parser.add_argument("--max_skew", type=real_number(0, 10**6), default=5.0)
+    parser.add_argument("--min_free", type=real_number(0, 10**9), default=1.0)
+    parser.add_argument("--mib", type=whole_number(1, 10**6), default=64)
+    parser.add_argument("--wait", type=real_number(0, 10**6, above=True), default=180.0)
+    parser.add_argument("--min_accelerator", type=real_number(0, 1), default=0.9)
     return parser.parse_known_args(list(argv))
 
 

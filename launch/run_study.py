@@ -6,7 +6,7 @@
 
 Everything done is skipped when the same command is repeated; a training or evaluation that was stopped goes on. An arm
 whose adapter comes with this project is only evaluated, unless --retrain asks for more. Another base, of any size, or
-another memory is one arm in the study file (launch/study.py says what stands there).
+another memory is one arm in the study file (launch/study/settings.py says what stands there).
 """
 
 from __future__ import annotations
@@ -23,31 +23,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 from rich.console import Console
 
 from launch.demo import environment
-from launch.demo_stages import Machine, find_machine
-from launch.stages import Stage, run_stages
-from launch.study import ROOT, Study, fill, load_study, select
-from launch.study_results import write_results
-from launch.study_stages import Place, evaluation, preparation, trained, training
-from titans_ds.errors import ConfigError, TitansError
+from launch.stages.chain import CHAIN, Stage, run_stages
+from launch.stages.demo import Machine, absolute, find_machine
+from launch.stages.study import Place, evaluation, preparation, trained, training
+from launch.study.results import write_results
+from launch.study.settings import ROOT, Study, fill, load_study, select
+from titans_ds.errors import ConfigError
+from titans_ds.files import check_folder
+from titans_ds.program import plain_console, program, some_text, whole_number
 
 _FIRST = ROOT / "launch" / "studies" / "first.yaml"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program("the same command goes on from here")
+def main(arguments: list[str]) -> None:
     """Run the program; returns its exit code."""
-    options = parse(arguments)
-    try:
-        run(options, Console(highlight=False))
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    run(parse(arguments), plain_console())
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python launch/run_study.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -55,21 +49,43 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--study", type=Path, default=_FIRST, help="settings (default: launch/studies/first.yaml)")
     add("--out", type=Path, required=True, help="folder of everything made")
-    add("--base", action="append", default=[], metavar="NAME=MODEL", help="folder or hub id of a base of the study")
-    add("--data", action="append", default=[], metavar="NAME=FILE", help="rows of a benchmark of the study")
-    add("--corpus", action="append", default=[], metavar="[BASE=]DIR", help="to train on; plain or packed")
+    add(
+        "--base",
+        type=some_text,
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="folder or hub id of a base of the study",
+    )
+    add(
+        "--data",
+        type=some_text,
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="rows of a benchmark of the study",
+    )
+    add(
+        "--corpus",
+        type=some_text,
+        action="append",
+        default=[],
+        metavar="[BASE=]DIR",
+        help="to train on; plain or packed",
+    )
     add("--arms", help="only these, separated by commas")
     add("--benchmarks", help="only these, separated by commas; an empty text: none")
     add("--retrain", action="store_true", help="also train arms whose adapter comes with this project")
     add("--train-only", action="store_true", help="evaluate nothing yet")
-    add("--ranks", type=int, help="processes of each training (default: one a GPU; 1 on CPU)")
-    add("--batch-size", type=int, help="of the evaluations; changes no result in float32")
-    add("--jobs", type=int, default=1, help="trainings, and then evaluations, side by side (default 1)")
-    options = parser.parse_args(arguments)
-    for name in ("ranks", "jobs", "batch_size"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be 1 or more")
-    return options
+    add("--ranks", type=whole_number(1, 10**6), help="processes of each training (default: one a GPU; 1 on CPU)")
+    add("--batch-size", type=whole_number(1, 10**6), help="of the evaluations; changes no result in float32")
+    add(
+        "--jobs",
+        type=whole_number(1, 1024),
+        default=1,
+        help="trainings, and then evaluations, side by side (default 1)",
+    )
+    return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -106,7 +122,8 @@ def side_by_side(work: Sequence[Callable[[], object]], jobs: int) -> None:
 def study_of(options: argparse.Namespace) -> Study:
     """The chosen part of the study, with everything given."""
     study = select(load_study(options.study), _names(options.arms), _names(options.benchmarks))
-    return fill(study, _pairs(options.base, "--base"), _pairs(options.data, "--data"))
+    bases, data = _pairs(options.base, "--base"), _pairs(options.data, "--data")
+    return fill(study, {n: absolute(v) for n, v in bases.items()}, {n: absolute(v) for n, v in data.items()})
 
 
 def place_of(options: argparse.Namespace, machine: Machine) -> Place:
@@ -114,9 +131,9 @@ def place_of(options: argparse.Namespace, machine: Machine) -> Place:
     corpora = {}
     for text in options.corpus:
         base, equals, folder = text.partition("=")
-        corpora[base if equals else ""] = Path(folder if equals else text)
+        corpora[base if equals else ""] = Path(folder if equals else text).resolve()
     ranks = options.ranks or (machine.ranks if machine.gpu else 1)
-    return Place(options.out.resolve(), corpora, ranks, options.retrain, options.batch_size)
+    return Place(check_folder(options.out, CHAIN).resolve(), corpora, ranks, options.retrain, options.batch_size)
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -22,8 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 import titans_ds
-from titans_ds.config import GraftConfig, MemoryConfig
-from titans_ds.errors import ConfigError, TitansError
+from launch.memory import linear_size
+from titans_ds.config import GraftConfig
+from titans_ds.graft.quantized import FORMS, bytes_per_weight
+from titans_ds.memory.mlp import MLPConfig
+from titans_ds.program import program, real_number, whole_number
 from titans_ds.zero import footprint
 from titans_ds.zero.footprint import GIB, Machine, Model, Setup
 
@@ -51,19 +54,14 @@ BASES: dict[str, dict[str, Any]] = {
 _PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program("nothing was changed")
+def main(argv: list[str]) -> None:
     """Run the program; returns its exit code, 2 for an error that the user can mend."""
     options = _options(argv)
     console = Console(width=None if sys.stdout.isatty() else 130)
-    try:
-        _check(options)
-        for name in options.model:
-            model = sizes(name, options.trainable)
-            console.print(_table(name, model, options))
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for name in options.model:
+        model = sizes(name, options.trainable)
+        console.print(_table(name, model, options))
 
 
 def sizes(name: str, trainable: str) -> Model:
@@ -72,7 +70,7 @@ def sizes(name: str, trainable: str) -> Model:
     with torch.device("meta"):
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     layers = list(range(3, config.num_hidden_layers, 4))
-    memory, base_size = MemoryConfig(dim=512, depth=2), sum(p.numel() for p in base.parameters())
+    memory, base_size = MLPConfig(dim=512, depth=2), sum(p.numel() for p in base.parameters())
     graft_size, state = _one_memory(config.hidden_size, memory)
     small = sum(p.numel() for p in base.parameters() if p.numel() < _PERSISTENT)
     trained = graft_size * len(layers) + (base_size if trainable == "all" else 0)
@@ -83,11 +81,12 @@ def sizes(name: str, trainable: str) -> Model:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         vocab=config.vocab_size,
+        linear=linear_size(base) if trainable == "memory" else 0,
         state_bytes=state * len(layers),
     )
 
 
-def _one_memory(hidden: int, memory: MemoryConfig) -> tuple[int, int]:
+def _one_memory(hidden: int, memory: MLPConfig) -> tuple[int, int]:
     """Trained parameters, and bytes of one lane's state, of one memory: of a real one, on a base of one small layer."""
     tiny = transformers.AutoConfig.for_model(
         "llama",
@@ -110,7 +109,7 @@ def _table(name: str, model: Model, options: argparse.Namespace) -> Table:
     columns = ("GPUs", "stage", "parameters", "gradients", "optimizer", "buffers", "activations", "states", "sum (GiB)")
     table = Table(*columns, "sent/step", "step", title=f"{name}: {billions}; a step: {step}; {state}")
     for gpus in options.gpus:
-        for stage in range(4):
+        for stage in range(3 if options.quantization else 4):  # what is quantised is not partitioned
             table.add_row(*_row(model, _setup(stage, gpus, options), options))
         table.add_section()
     return table
@@ -143,28 +142,28 @@ def _setup(stage: int, gpus: int, options: argparse.Namespace) -> Setup:
         backwards=options.segments,
         loss_chunk_tokens=options.segment_tokens * options.lanes,
         offload_optimizer=options.offload,
+        linear_bytes=bytes_per_weight(FORMS[options.quantization][2]) if options.quantization else 0.0,
     )
 
 
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launch/scaling.py", description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=list(BASES), default=list(BASES))
-    parser.add_argument("--gpus", nargs="+", type=int, default=[8, 64, 512])
+    many = whole_number(1, 10**7)
+    parser.add_argument("--gpus", nargs="+", type=many, default=[8, 64, 512])
     parser.add_argument("--trainable", choices=["memory", "all"], default="memory", help="(%(default)s)")
-    parser.add_argument("--lanes", type=int, default=1, help="of one GPU (%(default)s)")
-    parser.add_argument("--segment_tokens", type=int, default=2048, help="of every lane (%(default)s)")
-    parser.add_argument("--segments", type=int, default=1, help="in an optimizer step (%(default)s)")
+    parser.add_argument("--quantization", choices=list(FORMS), help="of a frozen base: bits of its linear maps")
+    parser.add_argument("--lanes", type=many, default=1, help="of one GPU (%(default)s)")
+    parser.add_argument("--segment_tokens", type=many, default=2048, help="of every lane (%(default)s)")
+    parser.add_argument("--segments", type=many, default=1, help="in an optimizer step (%(default)s)")
     parser.add_argument("--offload", action="store_true", help="the optimizer is in host memory")
-    parser.add_argument("--gib", type=float, default=79.0, help="memory of a GPU (%(default)s)")
-    return parser.parse_args(argv)
-
-
-def _check(options: argparse.Namespace) -> None:
-    for name in ("lanes", "segment_tokens", "segments"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(options, name)}; it must be 1 or more")
-    if min(options.gpus) < 1:
-        raise ConfigError(f"--gpus is {min(options.gpus)}; it must be 1 or more")
+    parser.add_argument(
+        "--gib", type=real_number(0, 10**6, above=True), default=79.0, help="memory of a GPU (%(default)s)"
+    )
+    options = parser.parse_args(argv)
+    if options.quantization and options.trainable == "all":
+        parser.error("--quantization goes with --trainable memory: weights of few bits don't learn")
+    return options
 
 
 if __name__ == "__main__":

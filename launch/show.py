@@ -9,15 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from titans_ds.graft.hub import MODE_NAMES
 from titans_ds.training.evaluation import Estimate, Evaluation
 
-_NAMES = {
-    "base": "loss",
-    "memory": "with memory",
-    "ablated": "without memory (ablated)",
-    "wrong": "memory of another repository",
-    "before": "before training",
-}
+_NAMES = {"base": "loss", **MODE_NAMES}
 
 
 class TerminalReporter:
@@ -64,7 +59,7 @@ def print_comparison(console: Console, evaluation: Evaluation) -> None:
     table.add_column("", no_wrap=True)
     table.add_column("loss ± SE", justify="right")
     table.add_column("perplexity", justify="right")
-    table.add_column("minus loss with memory ± SE (paired)", justify="right")
+    table.add_column("minus own memory ± SE (paired)", justify="right")
     for mode, loss in evaluation.losses.items():
         difference = evaluation.differences.get(mode)
         table.add_row(_NAMES[mode], _text(loss), f"{loss.perplexity:.3f}", _text(difference))

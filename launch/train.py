@@ -12,37 +12,46 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # run as a script, only this file's own folder is on the path
 
+# The first: it notes this rank's launcher, which may be killed during the imports below.
+import titans_ds.zero.launcher  # noqa: F401
+
+# isort: split
+
 import torch
 import transformers
-from rich.console import Console
 
 from launch.arguments import parse
 from launch.corpus import packed_corpus
-from launch.memory import check_memory
+from launch.memory import base_config, check_memory
 from launch.show import TerminalReporter, print_comparison
 from titans_ds.errors import ConfigError, TitansError
-from titans_ds.training import build, ranks
-from titans_ds.training.checkpoint import Checkpoints, Found
+from titans_ds.files import locked
+from titans_ds.graft import quantized
+from titans_ds.graft.titans_model import TitansModel
+from titans_ds.program import plain_console, program
+from titans_ds.training import build, ranks, trackers
+from titans_ds.training.checkpoints.checkpoint import Checkpoints, Found, restore
+from titans_ds.training.checkpoints.files import candidates
+from titans_ds.training.checkpoints.resume import find, identity
+from titans_ds.training.data.lanes import Lanes, check_divisible
+from titans_ds.training.data.packed import PackedCorpus, open_corpus
+from titans_ds.training.data.segments import RepositoryReader
 from titans_ds.training.engine import Engine, TorchEngine
 from titans_ds.training.evaluation import Evaluator
-from titans_ds.training.lanes import Lanes, check_divisible
 from titans_ds.training.loop import Trainer, evaluation_due
 from titans_ds.training.metrics import peak_host_bytes
 from titans_ds.training.optimizer import make_optimizer
-from titans_ds.training.packed import PackedCorpus, open_corpus
-from titans_ds.training.resume import find, identity
 from titans_ds.training.run_folder import RunFolder
-from titans_ds.training.segments import RepositoryReader
 from titans_ds.training.settings import TrainConfig
+from titans_ds.training.step import Carried
 from titans_ds.zero.config import complete_config, read_config, zero_stage
 from titans_ds.zero.engine import DeepSpeedEngine, local_device, start_ranks
 from titans_ds.zero.gathering import whole_numel
@@ -52,25 +61,29 @@ from titans_ds.zero.loading import partitioned_loading
 from titans_ds.zero.offload import check_checkpointable, place_nvme
 from titans_ds.zero.ops import needed_ops, prepare_ops
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 ROOT = Path(__file__).resolve().parent.parent
 STOPPED = 143  # 128 + SIGTERM, as a shell reports it
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program("the newest checkpoint stays; the same command with --run.resume auto goes on from it")
+def main(argv: list[str]) -> int:
     """Run the program; returns 0, 2 for an error that the user can mend, 75 for a lost rank, 143 after SIGTERM."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        config, text = parse(sys.argv[1:] if argv is None else argv)
-        return train(config, text)
+        return train(*parse(argv))
     except TitansError as error:
         together = failed_everywhere()
-        if ranks.rank() == 0 or not together:
-            where = "" if together else f" (rank {ranks.rank()} on {socket.gethostname()} alone)"
-            print(f"error: {error}{where}", file=sys.stderr, flush=True)
         if not together:
+            where = f"rank {ranks.rank()} on {socket.gethostname()} alone"
+            print(f"error: {error} ({where})", file=sys.stderr, flush=True)
             leave_at_once(2)
         stop_ranks()
+        if ranks.rank() == 0:
+            raise
         return 2
     except RuntimeError as error:
         lost = lost_contact(error) if ranks.distributed() else None
@@ -82,9 +95,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: TrainConfig, text: str) -> int:
     """Set the run up on this rank, run it, and print the comparison on rank 0."""
+    trackers.check_installed(config.run.trackers)
     settings = read_deepspeed(config)
+    quantized.check_installed(config.model.quantization)
     if settings is not None:
         start_ranks()
+        settings = place_nvme(settings)  # a folder of this rank's node, so that it can be missing on one alone
+    # Held by rank 0 from before a checkpoint is looked for until all is saved.
+    with contextlib.ExitStack() as held:
+        ranks.on_rank_zero(lambda: hold(config, held))
+        stopped = run(set_up(config, text, settings))
+    stop_ranks()
+    return STOPPED if stopped else 0
+
+
+def hold(config: TrainConfig, held: contextlib.ExitStack) -> None:
+    """Keep the run folder for this process alone. Raises TitansError where this run can't have it."""
+    # A run that lost its status.json is known by its checkpoints.
+    if config.run.resume != "auto" or not candidates(Path(str(config.run.dir)) / "checkpoints"):
+        RunFolder.check(config.run.dir, config.run.overwrite or config.run.resume != "none")
+    busy = f"another training runs in {config.run.dir}: wait for it, end it (ranks of a killed launcher take 30 s), "
+    held.enter_context(locked(str(config.run.dir), busy + "or choose another run.dir"))
+
+
+def set_up(config: TrainConfig, text: str, settings: dict[str, Any] | None) -> Parts:
+    """Everything that the run is made of on this rank."""
     device = local_device() if settings is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_divisible(config.data.num_lanes, ranks.world_size())
     corpus = find_corpus(config)
@@ -95,12 +130,12 @@ def train(config: TrainConfig, text: str) -> int:
     own = identity(config, corpus, "torch" if settings is None else f"ZeRO-{zero_stage(settings)}")
     found = find_checkpoint(config, own)
     engine = make_engine(config, settings, corpus, device, universal=found is not None and found.universal)
+    # Before the run folder says that it runs: a checkpoint that can't be loaded leaves it as it was.
+    carried = None if found is None else restore(found, engine, lanes)
     folder = make_folder(config, text, found)
     root = Path(str(config.run.dir)) / "checkpoints"
     checkpoints = Checkpoints(root, config.checkpoint.keep, own, text, corpus.vocab_size)
-    stopped = run(Parts(config, engine, lanes, evaluator, folder, tokenizer, checkpoints, found))
-    stop_ranks()
-    return STOPPED if stopped else 0
+    return Parts(config, engine, lanes, evaluator, folder, tokenizer, checkpoints, found, carried)
 
 
 def read_deepspeed(config: TrainConfig) -> dict[str, Any] | None:
@@ -110,7 +145,9 @@ def read_deepspeed(config: TrainConfig) -> dict[str, Any] | None:
             raise ConfigError("deepspeed is null, which is plain torch in one process; set it to use several ranks")
         return None
     path = Path(config.deepspeed)
-    return read_config(path if path.is_file() or path.is_absolute() else ROOT / path)
+    settings = read_config(path if path.is_file() or path.is_absolute() else ROOT / path)
+    check_checkpointable(settings, config.checkpoint.interval, config.run.resume)
+    return settings
 
 
 def find_corpus(config: TrainConfig) -> PackedCorpus:
@@ -160,17 +197,22 @@ def make_engine(
             bf16=config.model.dtype == "bfloat16",
             recomputed=config.training.checkpointing,
         )
-        settings = place_nvme(settings)
-        check_checkpointable(settings, config.checkpoint.interval)
         settings = {**settings, "checkpoint": {**settings.get("checkpoint", {}), "load_universal": universal}}
         prepare_ops(needed_ops(settings))
         check_stage(config, zero_stage(settings))
+        if zero_stage(settings) == 3 and quantized.describe(base_config(config)) is not None:
+            raise ConfigError(
+                f"the base model {config.model.base} is quantised, and ZeRO-3 can't partition what is packed; take "
+                "ds_configs/zero2.json, where a frozen base is whole on every rank"
+            )
     check_memory(config, settings or {}, device)
     pretrained = settings is not None and config.model.base is not None  # random weights are the same at every stage
     with partitioned_loading(settings) if pretrained else contextlib.nullcontext():
         base = build.load_base(config.model, config.training.seed, corpus.vocab_size)
     corpus.check_vocabulary(build.vocabulary_of(base))
     module = build.make_module(base, config)
+    if ranks.rank() == 0 and isinstance(module.model, TitansModel):
+        plain_console().print(module.model.memory_summary(), highlight=False)
     if settings is None:
         return TorchEngine(module.to(device), make_optimizer(module, config.optimizer), config.optimizer.clip, device)
     return DeepSpeedEngine(module, make_optimizer(module, config.optimizer), settings, device)
@@ -180,6 +222,7 @@ def check_stage(config: TrainConfig, stage: int) -> None:
     """Refuse before anything is loaded what needs a base model whose parameters stay where they are."""
     training = config.training
     wanted = {"training.compile": training.compile != "none", "training.layer_graphs": training.layer_graphs}
+    wanted["model.quantization"] = config.model.quantization != "none"
     for name in (name for name, on in wanted.items() if on and stage == 3):
         raise ConfigError(
             f"{name} is on under ZeRO-3, which gathers and releases parameters at every pass; switch it off, or take "
@@ -220,9 +263,10 @@ class Parts:
     tokenizer: Any
     checkpoints: Checkpoints
     found: Found | None
+    carried: Carried | None
 
     def trainer(self, reporter: TerminalReporter | None = None) -> Trainer:
-        """Ready to run; restores the checkpoint."""
+        """Ready to run."""
         return Trainer(
             self.config,
             self.engine,
@@ -233,6 +277,7 @@ class Parts:
             self.tokenizer,
             self.checkpoints,
             self.found,
+            self.carried,
         )
 
 
@@ -241,7 +286,7 @@ def run(parts: Parts) -> bool:
     hosts = ranks.gather(peak_host_bytes())
     if parts.folder is None:
         return parts.trainer().run().stopped
-    console = Console()
+    console = plain_console()
     describe(console, parts.engine, hosts)
     if parts.found is not None:
         console.print(f"going on from {parts.found.path}", highlight=False)

@@ -12,12 +12,8 @@ that nothing wrote. One process, on the GPU if there is one.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,19 +22,23 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
+from launch.arguments import checked_values
 from launch.corpus import packed_corpus
-from titans_ds.errors import ConfigError, TitansError
+from titans_ds.errors import ConfigError
+from titans_ds.files import atomic_folder, check_folder, write_json
+from titans_ds.graft.adapter import ADAPTER, write
 from titans_ds.graft.titans_model import TitansModel
+from titans_ds.program import program
 from titans_ds.training import alignment, build
+from titans_ds.training.data.lanes import Lanes
+from titans_ds.training.data.packed import PackedCorpus, open_corpus
+from titans_ds.training.data.segments import RepositoryReader
 from titans_ds.training.engine import TorchEngine
 from titans_ds.training.evaluation import Estimate, Evaluator, estimate
-from titans_ds.training.lanes import Lanes
 from titans_ds.training.module import TrainingModule
 from titans_ds.training.optimizer import make_optimizer
-from titans_ds.training.packed import PackedCorpus, open_corpus
-from titans_ds.training.segments import RepositoryReader
 from titans_ds.training.settings import DataSettings, EvaluationSettings, ModelSettings, OptimizerSettings
 
 REPORT = "fan.json"
@@ -83,15 +83,11 @@ class FanConfig:
             raise ConfigError(f"{self.out} exists already; give another folder with --out, or --overwrite true")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program("nothing was written; the same command starts anew")
+def main(arguments: list[str]) -> None:
     """Run the program; returns its exit code."""
     transformers.utils.logging.set_verbosity_error()
-    try:
-        run(parse(sys.argv[1:] if arguments is None else arguments))
-    except TitansError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    run(parse(arguments))
 
 
 def parse(arguments: Sequence[str]) -> FanConfig:
@@ -99,18 +95,13 @@ def parse(arguments: Sequence[str]) -> FanConfig:
     parser = ArgumentParser(prog="python -m launch.train_fan", description=__doc__, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
     parser.add_class_arguments(FanConfig, as_group=False)
-    try:
-        values = vars(parser.instantiate(parser.parse_args(list(arguments))))
-    except TitansError:
-        raise
-    except (ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    values.pop("config", None)
+    values, _ = checked_values(parser, FanConfig, arguments)
     return FanConfig(**values)
 
 
 def run(config: FanConfig) -> None:
     """Train, measure, save."""
+    check_folder(config.out, ADAPTER)
     corpus = open_corpus(packed_corpus(config.data.corpus, config.model.tokenizer or config.model.base))
     model = load(config, corpus)
     train, held_out = (
@@ -144,7 +135,7 @@ def load(config: FanConfig, corpus: PackedCorpus) -> TitansModel:
 
 def reader(config: FanConfig, model: TitansModel, corpus: PackedCorpus, split: str) -> RepositoryReader:
     """Segments as long as the adapter's."""
-    tokens = model.config.segment_tokens
+    tokens = model.graft.segment_tokens
     return RepositoryReader(corpus.split(split, 2), tokens, config.data.layout, reset=config.data.reset)
 
 
@@ -203,14 +194,10 @@ def _plain(found: Estimate) -> dict[str, float | None]:
 
 
 def save(model: TitansModel, out: Path, report: dict[str, Any]) -> None:
-    """The adapter and the report, into a folder of another name that then takes its place."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    model.save_pretrained(partial)
-    (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(partial, out)
+    """The adapter and the report, whole or not at all."""
+    with atomic_folder(out, ADAPTER) as folder:
+        write(model, folder)
+        write_json(folder / REPORT, report)
 
 
 def show(found: alignment.Alignment, losses: dict[str, Any], out: str) -> None:

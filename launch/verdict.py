@@ -1,18 +1,18 @@
-"""What a held-out comparison says, in one honest sentence, and what an evaluation found, in a small table."""
+"""What a held-out comparison says: one sentence, one picture, and one example in words."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-
-from rich.table import Table
+from typing import Any
 
 from titans_ds.errors import DataError
+from titans_ds.files import atomic_file
+from titans_ds.reading import read_json
 from titans_ds.training.evaluation import Estimate, Evaluation, RepositoryLosses
 
 _SURE = 2.0  # standard errors
-_MEASURES = {"em": "EM %", "es": "ES", "nll_target": "NLL, nats a byte", "nll_missing": "NLL of the new identifier"}
+_BARS = {"memory": "own memory", "wrong": "another's memory", "empty": "empty memory", "ablated": "ablated"}
 
 
 def last_evaluation(run_folder: Path) -> Evaluation:
@@ -20,7 +20,7 @@ def last_evaluation(run_folder: Path) -> Evaluation:
     files = sorted((run_folder / "evaluation").glob("step_*.json"))
     if not files:
         raise DataError(f"{run_folder} holds no evaluation; was the run made with evaluation.interval 0?")
-    values = json.loads(files[-1].read_text())
+    values = read_json(files[-1], dict[str, Any])
     forgetting = values.get("forgetting")
     return Evaluation(
         repositories=[RepositoryLosses(**r) for r in values["repositories"]],
@@ -31,12 +31,23 @@ def last_evaluation(run_folder: Path) -> Evaluation:
 
 
 def sentence(evaluation: Evaluation) -> str:
-    """Does the memory help, and is it because of what it has read? A difference counts from 2 standard errors on."""
+    """Does it remember, and does that help? A difference counts from 2 standard errors on."""
     if not math.isfinite(evaluation.losses["memory"].mean):
-        return "The loss with memory is not finite: the writes diverged. Lower graft.memory.step_size."
-    ablated, wrong = evaluation.differences["ablated"], evaluation.differences["wrong"]
-    text = f"{_against_ablation(ablated)}, and {_against_wrong(wrong)}"
-    return f"{text}: {_conclusion(_sign(ablated), _sign(wrong))}"
+        return "The loss with memory is not finite: the writes diverged. Lower optimizer.lr."
+    wrong, empty, ablated = (evaluation.differences[name] for name in ("wrong", "empty", "ablated"))
+    if _sign(wrong) <= 0 or _sign(empty) <= 0:
+        helps = "what helps is the added path" if _sign(ablated) > 0 else "nothing of use was remembered"
+        return f"Verdict: a package's own memory is not measurably better than another's and an empty one; {helps}."
+    cost = {
+        1: f"and than no memory by {ablated.mean:.4f}",
+        0: "and as good as no memory within the error",
+        -1: f"but worse than no memory by {-ablated.mean:.4f}, so that it disturbs more than it helps",
+    }[_sign(ablated)]
+    return (
+        f"Verdict: it remembers. With its own memory a package's code is more likely than with another's by "
+        f"{wrong.mean:.4f} \u00b1 {wrong.standard_error:.4f} nats a token, than with an empty one by {empty.mean:.4f} "
+        f"\u00b1 {empty.standard_error:.4f}, {cost}."
+    )
 
 
 def _sign(difference: Estimate) -> int:
@@ -46,52 +57,41 @@ def _sign(difference: Estimate) -> int:
     return 1 if difference.mean > 0 else -1
 
 
-def _against_ablation(difference: Estimate) -> str:
-    verb = {1: "lowers", 0: "does not measurably change", -1: "raises"}[_sign(difference)]
-    amount = f" by {abs(difference.mean):.4f} nats a token" if _sign(difference) else ""
-    return f"The memory {verb} the held-out loss{amount}"
+def draw_losses(evaluation: Evaluation, path: Path) -> None:
+    """An SVG of the losses beside that with own memory, with 95% intervals of the paired differences."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for place, mode in enumerate(_BARS):
+        difference = evaluation.differences.get(mode, Estimate(0.0, 0.0))
+        error = 1.96 * difference.standard_error if math.isfinite(difference.standard_error) else 0.0
+        axes.errorbar(difference.mean, place, xerr=error, fmt="o", capsize=4, color="C0" if mode == "memory" else "C1")
+        loss = evaluation.losses[mode].mean
+        axes.annotate(f"{loss:.4f}", (difference.mean, place), (0, 7), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(_BARS)), list(_BARS.values()))
+    axes.set_ylim(len(_BARS) - 0.5, -0.7)
+    axes.axvline(0.0, color="grey", linewidth=0.8)
+    axes.set_xlabel("held-out loss minus that with own memory\n(nats a token, 95% intervals)")
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="svg", metadata={"Date": None})
 
 
-def _against_wrong(difference: Estimate) -> str:
-    amount = f" by {abs(difference.mean):.4f}"
-    return {
-        1: f"a repository's own memory is better than another's{amount}",
-        0: "a repository's own memory is no better than another's",
-        -1: f"a repository's own memory is worse than another's{amount}",
-    }[_sign(difference)]
-
-
-def _conclusion(ablated: int, wrong: int) -> str:
-    if wrong > 0:
-        return {
-            1: "it remembers what it has read, and that helps.",
-            0: "it remembers something, but that does not pay for its disturbance.",
-            -1: "it remembers something, but disturbs the model more than that helps.",
-        }[ablated]
-    if ablated > 0:
-        return "what helps is the added path itself, not what was remembered."
-    return "nothing shows here that it remembers anything of use."
-
-
-def completion_table(folder: Path) -> Table:
-    """The means of every mode, with standard errors clustered by repository, from an evaluation's comparison.json."""
-    arms = json.loads((folder / "comparison.json").read_text())["arms"]
-    total = next(iter(arms.values()))["total"]
-    table = Table(title=f"Completions of packages first released in 2026 ({total} samples)")
-    table.add_column("mode")
-    for label in _MEASURES.values():
-        table.add_column(label, justify="right")
-    for name, arm in arms.items():
-        table.add_row(name, *(_cell(arm.get(measure)) for measure in _MEASURES))
-    return table
-
-
-def _cell(mean: dict[str, float] | None) -> str:
-    return "" if mean is None else f"{mean['mean']:.2f} ± {mean['standard_error']:.2f}"
-
-
-def findings(folder: Path) -> list[str]:
-    """The lines of the report's findings about the mode `memory`: paired, corrected for their number."""
-    text = (folder / "report.md").read_text(encoding="utf-8")
-    lines = text.partition("## Findings")[2].partition("## Tables")[0].splitlines()
-    return [line for line in lines if line.startswith("- memory ") or line.startswith("- memory@")]
+def example_text(path: Path) -> str:
+    """The example that launch/demo_example.py chose, as lines. Raises DataError where it can't be read."""
+    found: dict[str, Any] = read_json(path, dict[str, Any])
+    try:
+        tail = "\n".join(found["prompt"].splitlines()[-3:])
+        lines = [
+            f"Example: {found['package']}, the place among {found['samples']} where own memory helps most beside "
+            f"that of {found['wrong_package']} (it helps at {found['samples_where_own_is_better']}). The prompt ends:",
+            tail,
+            f"  goes on:            {found['truth']!r}",
+            *(
+                f"  {label + ':':<19} {found['completions'][name]!r}"
+                for name, label in (("own", "own memory"), ("wrong", "another's memory"), ("ablated", "no memory"))
+            ),
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no example of launch/demo_example.py ({error}); run the demo again") from error
+    return "\n".join(lines)

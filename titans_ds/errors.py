@@ -27,13 +27,22 @@ class DataError(TitansError):
     """A corpus or benchmark file is missing, empty, damaged or lacks a column."""
 
 
+class OutputError(TitansError):
+    """A file or folder can't be written, or its making broke off; what stood there before is as it was."""
+
+
 class StateError(TitansError):
     """A memory state does not fit the model or the batch it is used with."""
 
 
 class TrainingError(TitansError):
-    """A run can't go on: its losses are not finite, or it can't be saved."""
+    """A run can't go on: its losses are not finite, it can't be saved, or no memory would be written in it."""
 
 
 class CheckpointError(TitansError):
     """A checkpoint is torn, of another run, or can't be written."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line; its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

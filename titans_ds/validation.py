@@ -17,35 +17,53 @@ def check_choices(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for item in dataclasses.fields(config):
         value, hint = getattr(config, item.name), hints[item.name]
-        if not _fits(value, hint):
-            require(False, f"{item.name} is {value!r}; expected {_describe(hint)}")
+        if not fits(value, hint):
+            require(False, f"{item.name} is {shown(value)}; expected {describe(hint)}")
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type that a setting has; numbers must be finite."""
     origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
     if origin is Literal:
         return value in typing.get_args(hint)
     if origin is list:
-        return isinstance(value, list) and all(_fits(v, typing.get_args(hint)[0]) for v in value)
-    if origin in (dict, tuple):
-        return isinstance(value, origin)
+        return isinstance(value, list) and all(fits(v, typing.get_args(hint)[0]) for v in value)
+    if origin is tuple:
+        parts = typing.get_args(hint)
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(fits, value, parts))
+    if origin is dict:
+        return isinstance(value, dict)
     if origin is not None:  # a union
-        return any(_fits(value, choice) for choice in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint) if isinstance(hint, type) else True
+        return any(fits(value, choice) for choice in typing.get_args(hint))
+    if hint in (int, float):
+        kinds = (int, float) if hint is float else (int,)
+        # No infinity, no NaN, and no integer that torch or numpy would overflow at.
+        return isinstance(value, kinds) and not isinstance(value, bool) and -(2.0**63) <= value < 2.0**63
+    return isinstance(value, hint) if isinstance(hint, type) and hint is not Any else True
 
 
-def _describe(hint: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as an error names it, in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def describe(hint: Any) -> str:
+    """A setting's type, as an error says what was expected."""
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(v) for v in typing.get_args(hint))
     if typing.get_origin(hint) is list:
         return f"a list of {typing.get_args(hint)[0].__name__}"
+    if typing.get_origin(hint) is tuple:
+        return "a list of " + ", ".join(map(describe, typing.get_args(hint)))
+    if typing.get_origin(hint) is dict:
+        return "a mapping"
     if typing.get_origin(hint) is not None:
-        return " or ".join(_describe(choice) for choice in typing.get_args(hint))
-    return "nothing" if hint is type(None) else str(getattr(hint, "__name__", hint))
+        return " or ".join(describe(choice) for choice in typing.get_args(hint))
+    names = {type(None): "null", float: "float (finite)", int: "int (64 bits)"}
+    return names.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

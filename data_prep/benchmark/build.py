@@ -8,13 +8,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from titans_ds.files import (
+    Kind,
+    atomic_folder,
+    check_folder,
+    sha256_of,
+    work_folder,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+
 from ..console import progress_bar
 from ..crosscodeeval import CrossCodeEvalRow, CrossFileChunk, build_crossfile_text
 from ..errors import DataPrepError
 from ..hashing import hash64
-from ..output import atomic_folder, sha256_of, write_json, write_jsonl, write_text
 from ..settings import CorpusSettings
 from ..sources.base import Source
+from ..sources.reading import path_component
 from .languages import LANGUAGES, Language
 from .parts import Parts
 from .renaming import Renamer
@@ -22,6 +33,8 @@ from .repository import Repository, read_repositories
 from .retrieval import MODES, Ranker, Retriever
 from .sample_filters import SampleLimits, choose
 from .targets import Target
+
+BENCHMARK = Kind("a benchmark", "manifest.json", rb'"target_kinds"|"samples"\s*:')
 
 
 @dataclass(frozen=True)
@@ -64,8 +77,24 @@ def build_benchmark(
     `files` holds the file filters and the licence allow-list. A build that was stopped goes on where it was when the
     same command is given again. Raises DataPrepError naming the filters where no sample is left.
     """
+    check_folder(out, BENCHMARK)
     language = _language(settings.language)
-    parts = Parts(out, {"settings": asdict(settings), "files": files.to_json(), "retrieval": ranker.name})
+    # A part's name says what decides it: those of any settings may lie side by side.
+    with work_folder(out, "a benchmark") as work:
+        parts = Parts(work, {"settings": asdict(settings), "files": files.to_json(), "retrieval": ranker.name})
+        built = _build(source, files, settings, ranker, language, parts)
+        return _write(built, source, files, settings, ranker, out, command)
+
+
+def _build(
+    source: Source,
+    files: CorpusSettings,
+    settings: BenchmarkSettings,
+    ranker: Ranker,
+    language: Language,
+    parts: Parts,
+) -> _Built:
+    """Find, choose, rename and retrieve, one repository after the other."""
     found = list(_found(source, files, settings, language, parts))
     kept = _sampled([(repository, target) for repository, chosen, _ in found for target in chosen], settings)
     built = _Built({variant: {mode: [] for mode in ("none", *MODES)} for variant in _variants(settings)})
@@ -75,11 +104,10 @@ def build_benchmark(
         if mine:
             _add_repository(built, repository, mine, settings, ranker, language, parts)
             for name, text in source.license_texts(repository.unit).items():
-                built.license_texts[f"{repository.label}/{name.replace('/', '_')}"] = text
+                place = f"{path_component(repository.label)}/{path_component(name.replace('/', '_'))}"
+                built.license_texts[place] = text
     _require_samples(built, len(found))
-    manifest = _write(built, source, files, settings, ranker, out, command)
-    parts.remove()
-    return manifest
+    return built
 
 
 def _language(name: str) -> Language:
@@ -224,7 +252,7 @@ def _write(
     out: Path,
     command: str,
 ) -> dict[str, Any]:
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, BENCHMARK) as folder:
         hashes: dict[str, str] = {}
         for variant, modes in built.rows.items():
             for mode, rows in modes.items():

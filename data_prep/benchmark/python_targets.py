@@ -13,7 +13,7 @@ import builtins
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..imports import ImportedName, ImportResolver
+from ..corpus.imports import ImportedName, ImportResolver
 from .python_syntax import (
     Spans,
     count_bindings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..file_filters import rejection
+from ..corpus.file_filters import rejection
 from ..settings import CorpusSettings
 from ..sources.base import Source, Unit
 

@@ -103,10 +103,10 @@ class Embeddings:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model)
             self._model = AutoModel.from_pretrained(model).eval().requires_grad_(False)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # a damaged folder raises any kind
             raise DataPrepError(
-                f"Cannot load the embedding model {model!r}: {str(error).splitlines()[0]}. Expected a folder or Hub id "
-                "of an encoder."
+                f"Cannot load the embedding model {model!r}: {str(error).partition(chr(10))[0]}. Expected a folder or "
+                "Hub id of an encoder."
             ) from error
         self.name = model.rstrip("/").rsplit("/", 1)[-1].replace("-", "_").lower() + "_cosine_sim"
         self._max_tokens, self._batch_size = max_tokens, batch_size

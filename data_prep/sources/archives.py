@@ -6,8 +6,11 @@ leaves the archive ("..", absolute) and links are left out and counted.
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
 import lzma
+import os
 import tarfile
 import zipfile
 import zlib
@@ -15,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from packaging.utils import (
     InvalidSdistFilename,
@@ -32,6 +35,11 @@ from .listing import listing_hash, require_folder, size_of
 
 ARCHIVE_SUFFIXES = (".whl", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar")
 _MAX_METADATA_BYTES = 2_000_000
+_MAX_MEMBERS = 200_000
+_MAX_HEADER_BYTES = 2**28  # of all members of a tar file, unpacked: names and PAX records
+_MAX_RATIO = 100  # of unpacked to packed bytes; source code has 4 to 20
+_MAX_METADATA_FILES = 20
+_DECOMPRESSORS: dict[str, Any] = {"gz": gzip.open, "tgz": gzip.open, "bz2": bz2.open, "xz": lzma.open, "tar": open}
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, RuntimeError,
            NotImplementedError, ValueError)  # fmt: skip
 
@@ -72,7 +80,7 @@ class ArchiveFolder(Source):
         repo, version = archive_identity(unit.key)
         try:
             with _open_archive(Path(self.root, unit.key)) as archive:
-                members = list(_members(archive))
+                members = _members(archive)
                 license_id, stated, home_page = _metadata(archive, members)
                 for member in members:
                     if member.name.endswith(self.suffixes):
@@ -85,14 +93,20 @@ class ArchiveFolder(Source):
 
     def license_texts(self, unit: Unit) -> dict[str, str]:
         """Return the texts of the archive's LICENSE, NOTICE and COPYING files."""
-        with _open_archive(Path(self.root, unit.key)) as archive:
-            read = {m.name: _read(archive, m, _MAX_METADATA_BYTES)[0] for m in _members(archive) if _is_license(m.name)}
-        return {name: content.decode("utf-8", "replace") for name, content in read.items() if content}
+        found: dict[str, str] = {}
+        with contextlib.suppress(*_BROKEN), _open_archive(Path(self.root, unit.key)) as archive:
+            for member in _members(archive):
+                content = _read(archive, member, _MAX_METADATA_BYTES)[0] if _is_license(member.name) else None
+                if content:
+                    found[member.name] = content.decode("utf-8", "replace")
+        return found
 
     def _archives(self) -> list[Path]:
         require_folder(Path(self.root), "a folder of wheels, sdists or other archives")
         found = (path for path in Path(self.root).iterdir() if path.name.endswith(ARCHIVE_SUFFIXES))
-        return sorted(path for path in found if path.is_file())
+        root = os.path.realpath(self.root)
+        # A link that leads out of the folder may name any archive of the user's.
+        return sorted(p for p in found if p.is_file() and os.path.dirname(os.path.realpath(p)) == root)
 
 
 def archive_identity(filename: str) -> tuple[str, str]:
@@ -108,26 +122,57 @@ def archive_identity(filename: str) -> tuple[str, str]:
         return canonicalize_name(filename.removesuffix(suffix)), ""
 
 
+class _Bounded:
+    """An unpacked file of which so many bytes can be read, up to some place. tarfile reads a PAX record or a long name
+    in one go, as large as the header says, before anyone can look at its size; and passes over members of any size."""
+
+    def __init__(self, file: Any, left: float, end: int) -> None:
+        self._file, self.left, self._end = file, left, end
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise tarfile.ReadError("the headers are too large")
+        return bytes(self._file.read(size))
+
+    def seek(self, place: int) -> int:
+        if place > self._end:
+            raise tarfile.ReadError("unpacked it is too large")
+        return int(self._file.seek(place))
+
+
 @contextlib.contextmanager
 def _open_archive(path: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
     if path.name.endswith((".whl", ".zip")):
         with zipfile.ZipFile(path) as archive:
             yield archive
     else:
-        with tarfile.open(path) as archive:
-            yield archive
+        with _DECOMPRESSORS[path.name.rsplit(".", 1)[1]](path, "rb") as unpacked:
+            bounded = _Bounded(unpacked, _MAX_HEADER_BYTES, _MAX_RATIO * path.stat().st_size + _MAX_HEADER_BYTES)
+            with tarfile.open(fileobj=bounded, mode="r:") as archive:
+                yield archive
 
 
-def _members(archive: zipfile.ZipFile | tarfile.TarFile) -> Iterator[_Member]:
+def _members(archive: zipfile.ZipFile | tarfile.TarFile) -> list[_Member]:
+    """Return all files and links; what comes after too many members, or too large headers, is a broken archive."""
     if isinstance(archive, zipfile.ZipFile):
-        for info in archive.infolist():
-            is_link = (info.external_attr >> 16) & 0o170000 == 0o120000
-            if not info.is_dir():
-                yield _Member(info.filename, info.file_size, is_link, info)
-        return
-    for entry in archive.getmembers():
+        _check_count(len(archive.infolist()))
+        infos = [info for info in archive.infolist() if not info.is_dir()]
+        links = ((info.external_attr >> 16) & 0o170000 == 0o120000 for info in infos)
+        return [_Member(i.filename, i.file_size, link, i) for i, link in zip(infos, links, strict=True)]
+    found = []
+    for number, entry in enumerate(archive, start=1):
+        _check_count(number)
         if not entry.isdir():
-            yield _Member(entry.name, entry.size, not entry.isfile(), entry)
+            found.append(_Member(entry.name, entry.size, not entry.isfile(), entry))
+    cast(_Bounded, archive.fileobj).left = float("inf")  # from here on a member's size is known before it is read
+    return found
+
+
+def _check_count(number: int) -> None:
+    if number > _MAX_MEMBERS:
+        raise tarfile.ReadError(f"it has more than {_MAX_MEMBERS:,} members")
 
 
 def is_unsafe(name: str) -> bool:
@@ -157,20 +202,20 @@ def _metadata(archive: zipfile.ZipFile | tarfile.TarFile, members: list[_Member]
     file's text."""
     license_id = version = home_page = ""
     by_depth = sorted(members, key=lambda member: (member.name.count("/"), member.name))
-    for member in by_depth:
-        name = PurePosixPath(member.name).name
-        if name in ("METADATA", "PKG-INFO") and not version:
+    stated = [member for member in by_depth if PurePosixPath(member.name).name in ("METADATA", "PKG-INFO")]
+    # A few: each may take unpacking the archive from its start.
+    for member in stated[:_MAX_METADATA_FILES]:
+        if not version:
             content, _ = _read(archive, member, _MAX_METADATA_BYTES)
             header = HeaderParser().parsestr((content or b"").decode("utf-8", "replace"))
             license_id, version = license_from_metadata(header), header.get("Version") or ""
             home_page = home_pages_from_metadata(header)
     if license_id:
         return license_id, version, home_page
-    for member in by_depth:
-        if _is_license(member.name):
-            content, _ = _read(archive, member, _MAX_METADATA_BYTES)
-            if found := license_from_text((content or b"").decode("utf-8", "replace")):
-                return found, version, home_page
+    for member in [member for member in by_depth if _is_license(member.name)][:_MAX_METADATA_FILES]:
+        content, _ = _read(archive, member, _MAX_METADATA_BYTES)
+        if found := license_from_text((content or b"").decode("utf-8", "replace")):
+            return found, version, home_page
     return "", version, home_page
 
 

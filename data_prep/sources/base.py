@@ -29,6 +29,26 @@ class SourceFile:
     home_page: str = ""
 
 
+def source_file(
+    repo: Any, path: Any, content: Any, license: Any = None, stars: Any = None, version: Any = None
+) -> SourceFile:
+    """Return one row of a table as a file. What cannot be one has no content, and a problem that is counted."""
+    names = (repo, path)
+    if not all(isinstance(name, str) and name for name in names):
+        return SourceFile(str(repo or ""), str(path or ""), None, problem="no_name")
+    if content is not None and not isinstance(content, (str, bytes)):
+        return SourceFile(repo, path, None, problem="content_is_no_text")
+    # Parquet has a column of whole numbers with nulls as floats, too: 5.0 stars are 5.
+    whole = isinstance(stars, int) or (isinstance(stars, float) and stars.is_integer())
+    if stars is not None and not (whole and abs(stars) < 2**62):
+        return SourceFile(repo, path, None, problem="stars_are_no_number")
+    data = content if isinstance(content, bytes) else (content or "").encode("utf-8", "surrogatepass")
+    if isinstance(license, list):  # all that were found in the repository, not a choice
+        license = " AND ".join(f"({name})" if " " in str(name) else str(name) for name in license)
+    license = str(license or "")
+    return SourceFile(repo, path, data, license, None if stars is None else int(stars), str(version or ""))
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """The smallest part of a source that is read in one go: a package, an archive, a row group.

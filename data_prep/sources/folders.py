@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ class RepositoryFolders(Source):
         folder = Path(self.root, unit.key)
         license_id, version, home_page = _license_of(folder), commit_of(folder), remote_of(folder)
         for path in walk_files(folder, self.suffixes):
-            content, problem = read_regular_file(path, max_file_bytes)
-            name = path.relative_to(folder).as_posix().encode("utf-8", "replace").decode()
+            content, problem = read_regular_file(path, max_file_bytes, Path(self.root))
+            name = path.relative_to(folder).as_posix()
             yield SourceFile(unit.key, name, content, license_id, None, version, problem, home_page)
 
     def license_texts(self, unit: Unit) -> dict[str, str]:
@@ -59,15 +60,18 @@ class RepositoryFolders(Source):
     def _repositories(self) -> list[str]:
         require_folder(Path(self.root), "a folder with one folder for each repository")
         pattern = "/".join(["*"] * self.depth)
-        found = (path for path in Path(self.root).glob(pattern) if path.is_dir() and not path.is_symlink())
-        return sorted(path.relative_to(self.root).as_posix() for path in found if not path.name.startswith("."))
+        found = [path.relative_to(self.root) for path in Path(self.root).glob(pattern) if path.is_dir()]
+        real = os.path.realpath(self.root)
+        # A link, also one on the way to a repository, may lead anywhere.
+        inside = [path for path in found if os.path.realpath(Path(self.root, path)) == os.path.join(real, path)]
+        return sorted(path.as_posix() for path in inside if not path.name.startswith("."))
 
 
 def _license_files(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
         if _LICENSE_NAME.match(path.name):
-            content, _ = read_regular_file(path, _MAX_LICENSE_BYTES)
+            content, _ = read_regular_file(path, _MAX_LICENSE_BYTES, folder)
             if content:
                 found[path.name] = content.decode("utf-8", "replace")
     return found
@@ -81,22 +85,24 @@ def commit_of(folder: Path) -> str:
     """Return the commit that a clone has checked out, read from .git without running git; "" where it cannot be
     told."""
     head = _git_file(folder, "HEAD")
-    if not head.startswith("ref: "):
-        return head if re.fullmatch(r"[0-9a-f]{40,64}", head) else ""
-    reference = head.removeprefix("ref: ")
-    if ".." in reference:
-        return ""
-    packed = re.search(rf"^([0-9a-f]+) {re.escape(reference)}$", _git_file(folder, "packed-refs"), re.MULTILINE)
-    return _git_file(folder, reference) or (packed[1] if packed else "")
+    found = [head]
+    if head.startswith("ref: "):
+        # Whoever made the folder wrote this name: only git's own refs are opened, wherever the text points.
+        reference = head.removeprefix("ref: ")
+        if not reference.startswith("refs/") or ".." in reference.split("/"):
+            return ""
+        packed = re.search(rf"^([0-9a-f]+) {re.escape(reference)}$", _git_file(folder, "packed-refs"), re.MULTILINE)
+        found = [_git_file(folder, reference), packed[1] if packed else ""]
+    return next((commit for commit in found if re.fullmatch(r"[0-9a-f]{40,64}", commit)), "")
 
 
 def remote_of(folder: Path) -> str:
     """Return the addresses of a clone's remotes, read from .git/config; "" where there are none."""
-    urls = re.findall(r"^\s*url\s*=\s*(\S+)\s*$", _git_file(folder, "config"), re.MULTILINE)
+    urls = re.findall(r"^[ \t]*url[ \t]*=[ \t]*(\S+)[ \t]*$", _git_file(folder, "config"), re.MULTILINE)
     # A password in an address must not end up in a manifest.
     return " ".join(re.sub(r"//[^/@]*@", "//", url) for url in urls)
 
 
 def _git_file(folder: Path, name: str) -> str:
-    content, _ = read_regular_file(folder / ".git" / name, 10_000_000)
+    content, _ = read_regular_file(folder / ".git" / name, 10_000_000, folder)
     return (content or b"").decode("utf-8", "replace").strip()

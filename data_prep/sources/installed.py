@@ -42,7 +42,8 @@ class InstalledPackages(Source):
         dist = metadata.distribution(unit.key)
         license_id, home_page = license_from_metadata(dist.metadata), home_pages_from_metadata(dist.metadata)
         for path in self._paths(dist):
-            content, problem = read_regular_file(Path(str(dist.locate_file(path))), max_file_bytes)
+            place, root = Path(str(dist.locate_file(path))), Path(str(dist.locate_file("")))
+            content, problem = read_regular_file(place, max_file_bytes, root)
             name = PurePosixPath(path).as_posix()
             yield SourceFile(unit.key, name, content, license_id, None, dist.version, problem, home_page)
 

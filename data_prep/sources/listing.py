@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,21 +19,28 @@ _SKIPPED_FOLDERS = frozenset(
 def walk_files(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
     """Yield the files below `root` with one of the suffixes, sorted. Links to folders are not followed (they may
     loop)."""
-    for folder, folders, names in os.walk(root, followlinks=False):
-        folders[:] = sorted(
-            name for name in folders if name not in _SKIPPED_FOLDERS and not os.path.islink(os.path.join(folder, name))
-        )
-        for name in sorted(names):
-            if name.endswith(suffixes):
-                yield Path(folder, name)
+    waiting = [str(root)]
+    while waiting:  # os.walk calls itself, and fails a thousand folders deep
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError:  # not readable, or a path longer than the system takes
+            continue
+        below = [entry.path for entry in found if entry.is_dir(follow_symlinks=False)]
+        waiting += reversed([path for path in below if os.path.basename(path) not in _SKIPPED_FOLDERS])
+        for entry in found:
+            if entry.name.endswith(suffixes) and not entry.is_dir(follow_symlinks=False):
+                yield Path(entry.path)
 
 
 def listing_hash(paths: Iterable[Path]) -> str:
     """Return a hash of the files' names, sizes and modification times."""
     entries = []
     for path in paths:
-        status = path.lstat()
-        entries.append([str(path), status.st_size, status.st_mtime_ns])
+        with contextlib.suppress(OSError):  # it has vanished, or its path is too long: it will be counted as such
+            status = path.lstat()
+            entries.append([str(path), status.st_size, status.st_mtime_ns])
     return fingerprint(entries)
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titans_ds.files import start_work
+
 from ..errors import DataPrepError
-from ..settings import fingerprint
-from .base import Source, SourceFile, Unit
+from ..settings import WORK, fingerprint
+from .base import Source, SourceFile, Unit, source_file
 
 REQUIRED = ("repo", "path", "content")
 OPTIONAL = ("license", "stars", "version")
@@ -55,18 +57,7 @@ class DatasetFiles(Source):
         names = dict(self.columns)
         for row in rows:
             values = {key: row.get(column) for key, column in names.items()}
-            yield _source_file(values)
-
-
-def _source_file(values: dict[str, Any]) -> SourceFile:
-    repo, path, content = (values[key] for key in REQUIRED)
-    if not repo or not path:
-        return SourceFile(repo or "", path or "", None, problem="no_name")
-    data = content if isinstance(content, bytes) else (content or "").encode("utf-8", "surrogatepass")
-    license_id = values.get("license") or ""
-    if isinstance(license_id, list):
-        license_id = " OR ".join(map(str, license_id))
-    return SourceFile(repo, path, data, str(license_id), values.get("stars"), str(values.get("version") or ""))
+            yield source_file(**values)
 
 
 def open_dataset(name: str, split: str, columns: dict[str, str], work_folder: Path) -> DatasetFiles:
@@ -114,6 +105,7 @@ def _arrow_files(dataset: Any, work_folder: Path) -> tuple[tuple[str, int], ...]
     if sum(sizes) != len(dataset):
         folder = work_folder / f"rows-{dataset._fingerprint}"
         if not (folder / "state.json").exists():
+            start_work(work_folder, WORK)
             dataset.save_to_disk(str(folder))
         paths = sorted(map(str, folder.glob("*.arrow")))
         sizes = [len(Dataset.from_file(path)) for path in paths]

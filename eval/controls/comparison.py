@@ -5,14 +5,14 @@ The differences are paired by seed: a seed has the same episodes in every config
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from titans_ds.files import write_json, write_text
+
 from ..errors import EvalError
-from ..files import write_json, write_text
-from .results import SeedResult, markdown, over_seeds, spread
+from .results import SeedResult, markdown, over_seeds, read_results, spread
 
 ARM_NAMES = ("memory", "ablation", "wrong")
 
@@ -44,15 +44,11 @@ def compare(folders: Sequence[Path], out: Path) -> str:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "results.json"
-    try:
-        run = json.loads(path.read_text())
-        results = sorted((SeedResult.from_json(s) for s in run["seeds"]), key=lambda s: s.seed)
-    except (OSError, ValueError, KeyError) as error:
-        raise EvalError(f"{path} can't be read ({error!r}); expected a folder that this program wrote.") from error
+    run = read_results(folder)
+    results = sorted((SeedResult.from_json(s) for s in run["seeds"]), key=lambda s: s.seed)
     results = [seed for seed in results if seed.levels]
     if not results:
-        raise EvalError(f"{path} has no seed that was measured; let the run end.")
+        raise EvalError(f"{folder} has no seed that was measured; let the run end.")
     return {"task": run["task"], "seeds": [seed.seed for seed in results], "results": results}
 
 

@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from titans_ds.training.lanes import Step
-from titans_ds.training.segments import IGNORED, Batch
+from titans_ds.training.data.lanes import Step
+from titans_ds.training.data.segments import IGNORED, Batch
 
 Integers = npt.NDArray[np.int64]
 

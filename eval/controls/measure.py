@@ -22,9 +22,9 @@ from torch import Tensor
 
 from titans_ds.graft.titans_model import TitansModel
 from titans_ds.memory import MemoryState
+from titans_ds.training.data.segments import IGNORED
 from titans_ds.training.engine import TorchEngine
 from titans_ds.training.module import PlainModel
-from titans_ds.training.segments import IGNORED
 
 from .episodes import Episode, Integers, Task, whole
 
@@ -77,11 +77,11 @@ def _arms(engine: TorchEngine, episode: Episode, only: str | None = None) -> dic
 
 
 def _arm(model: TitansModel, episode: Episode, arm: str) -> Answers:
-    state = None
+    state = model.init_state(episode.batch_size)
     if arm in ("memory", "wrong", "permuted"):
         context = episode.permuted_BT if arm == "permuted" and episode.permuted_BT is not None else episode.context_BT
         state = _primed(model, context)
-    if arm == "wrong" and state is not None:
+    if arm == "wrong":
         state = state.select(torch.arange(episode.batch_size).roll(1))
     ids = torch.from_numpy(episode.question_BQ).to(model.device)
     with model.disable_memory() if arm == "ablation" else contextlib.nullcontext():

@@ -19,22 +19,13 @@ from .settings import ControlConfig
 
 _LOSS_CHUNK = 1 << 20  # all logits at once: the vocabulary is small
 
-_SECOND_ORDER_PARTS = (
-    "initial_w",
-    "log_step_sizes",
-    "gates",
-    "value_projection",
-    "key_convolution",
-    "value_convolution",
-)
-
 
 def with_memory(config: ControlConfig, vocab_size: int, seed: int, device: torch.device) -> TorchEngine:
     """A fresh grafted model, everything in it trainable."""
     torch.manual_seed(seed)
     base = _base(config.architecture, vocab_size)
     model = titans_ds.attach(base, config.graft, freeze_base=False)
-    if config.convolution_std is not None and config.graft.memory.features.convolution:
+    if config.convolution_std is not None and config.graft.convolves:
         _mix_taps(model, config.convolution_std)
     if config.first_order_parts or config.order == "first":
         _freeze(model)
@@ -42,12 +33,11 @@ def with_memory(config: ControlConfig, vocab_size: int, seed: int, device: torch
 
 
 def _freeze(model: TitansModel) -> None:
-    """Leave what gets no gradient at first order as it is."""
-    names = [*_SECOND_ORDER_PARTS]
-    if model.config.memory.query_projection != "tied":
-        names.append("key_projection")
+    """Leave what gets no gradient at first order as it is; W_0 as well, which every window starts from."""
+    for _, parameter in model.write_only_parameters():
+        parameter.requires_grad_(False)
     for name, parameter in model.titans_parameters():
-        if any(part in name for part in names):
+        if "initial_w" in name:
             parameter.requires_grad_(False)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from titans_ds.files import write_json, write_text
+
 from ..errors import EvalError
-from ..files import write_json, write_text
-from .results import SeedResult, speed_table, summarise, table, verdict
+from .results import SeedResult, read_results, speed_table, summarise, table, verdict
 from .training import History
 
 _UNITS = {"kv_recall": "N =", "mqar": "N =", "needle": "distance", "induction": "length", "style": "files"}
@@ -77,7 +77,7 @@ def merge(folders: Sequence[Path], out: Path) -> Report:
     Raises:
         EvalError: a folder without results, other settings, or a seed that is there twice.
     """
-    runs = [_read(folder) for folder in folders]
+    runs = [read_results(folder) for folder in folders]
     for folder, run in zip(folders, runs, strict=True):
         if run["config"] != runs[0]["config"]:
             raise EvalError(
@@ -91,12 +91,3 @@ def merge(folders: Sequence[Path], out: Path) -> Report:
     report.save()
     report.show()
     return report
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "results.json"
-    try:
-        run: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise EvalError(f"{path} can't be read ({error}); expected a folder that this program wrote.") from error
-    return run

@@ -8,13 +8,45 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from ..significance import Interval, clustered_interval, proportion_interval
+from pydantic import StringConstraints
+from typing_extensions import TypedDict
+
+from titans_ds.reading import read_json, strict_record
+
+from ..reporting.significance import Interval, clustered_interval, proportion_interval
 from .measure import ARMS, Answers
 
 _ORDER = (*ARMS, "full_context")
 Levels = dict[int, dict[str, dict[str, Any]]]
+
+
+@strict_record
+class _Answers(TypedDict):
+    em: float
+    nll: float
+
+
+@strict_record
+class _Seed(TypedDict):
+    seed: int
+    levels: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], dict[str, _Answers]]
+    training: dict[str, Any]
+
+
+@strict_record
+class _Results(TypedDict):
+    task: str
+    config: dict[str, Any]
+    machine: dict[str, Any]
+    seeds: list[_Seed]
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return results.json of a control's folder; DataError where there is none that is whole."""
+    return dict(read_json(folder / "results.json", _Results, "Expected a folder that this program wrote."))
 
 
 def summary_of(answers: Answers) -> dict[str, Any]:

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from titans_ds.config import GraftConfig, Order, check_choices
 from titans_ds.errors import ConfigError
 from titans_ds.training.settings import ONE_GRAPH, OptimizerSettings, SecondOrder
 from titans_ds.validation import build
+from titans_ds.yaml_files import read_yaml
 
 from ..errors import EvalError
 
@@ -94,7 +93,7 @@ class ControlConfig:
         check_choices(self)
         if (self.minutes is None) == (self.steps is None):
             raise ConfigError("set either minutes or steps, the one not used to null")
-        if self.graft.injection == "prefix" and self.order == "second" and self.second_order not in ONE_GRAPH:
+        if self.graft.is_prefix and self.order == "second" and self.second_order not in ONE_GRAPH:
             raise ConfigError(
                 f"second_order is {self.second_order!r}, but a prefix memory is written through the base model: use "
                 "through_base, or window, which takes the inner gradient as given"
@@ -116,7 +115,7 @@ def load_control(
         path: another file.
 
     Raises:
-        EvalError, ConfigError: the file is missing, or a setting is wrong.
+        EvalError, ConfigError: a file is missing, or no YAML mapping, or a setting is wrong.
     """
     values = _read(path or CONFIGS / f"{task}.yaml")
     if values.get("task") != task:
@@ -131,21 +130,24 @@ def load_control(
     return config
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's values. One that says `extends: FILE` has that file's, with its own in place of them by dotted name."""
-    if not path.is_file():
-        raise EvalError(f"{path} does not exist; give --config, or make one like those in {CONFIGS}.")
-    values: dict[str, Any] = yaml.safe_load(path.read_text())
+    values = read_yaml(path, f"settings by name, as those in {CONFIGS} do")
     if "extends" not in values:
         return values
-    base = _read(path.parent / str(values.pop("extends")))
+    other = path.parent / str(values.pop("extends"))
+    if other in above or other == path:
+        raise EvalError(f"{path} extends {other}, which extends it; take one of the two out.")
+    base = _read(other, (*above, path))
     for name, value in values.items():
         _set(base, name, value)
     return base
 
 
 def _set(values: dict[str, Any], name: str, value: Any) -> None:
-    *groups, last = name.split(".")
+    *groups, last = str(name).split(".")
     for group in groups:
         values = values.setdefault(group, {})
+        if not isinstance(values, dict):
+            raise EvalError(f"{name} is set, but {group} is {str(values)[:60]}; expected a mapping of settings.")
     values[last] = value

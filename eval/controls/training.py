@@ -141,7 +141,7 @@ class ControlTrainer:
         """Segments of one step; how many they are."""
         batches = [whole(episode)]
         if not isinstance(self.engine.module.model, PlainModel):
-            convolved = self.config.graft.memory.features.convolution
+            convolved = self.config.graft.convolves
             batches = segments(episode, self.config.graft.segment_tokens, convolved)
         self._stream.add(batches)
         return len(batches)

@@ -6,8 +6,8 @@ import hashlib
 import random
 from typing import TYPE_CHECKING
 
+from ..data.retrieval import Retriever
 from ..errors import EvalError
-from ..retrieval import Retriever
 from .mode import Mode, ModeInputs, Priming
 from .prompted import retrieved_context
 

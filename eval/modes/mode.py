@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..retrieval import Retriever
+from ..data.retrieval import Retriever
 
 if TYPE_CHECKING:
     from data_prep.crosscodeeval import CrossCodeEvalRow

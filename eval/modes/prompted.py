@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..retrieval import Retriever
+from ..data.retrieval import Retriever
 from .mode import Mode, ModeInputs
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
-"""Sweeps: many training runs over a space of settings, by any number of processes that share one folder.
+"""Sweeps: many training runs over a space of settings, on one Optuna study that any number of machines work on.
 
-launch/sweep.py is the program; docs/sweeps.md describes it. Read space.py (what is searched), study.py (the folder),
-claims.py (who may run what), keeper.py (one running trial), worker.py (the loop) in this order.
+launch/sweep.py is the program; docs/sweeps.md describes it. Read space.py (what is searched), study.py (the folder and
+the database), worker.py (who runs the trials) and trial.py (one trial) in this order.
 """

@@ -1,56 +1,33 @@
-"""The loop of one sweep process: fill the free slots with trials, watch them, record how they end."""
+"""The loop of one sweep process: a thread for each slot, which takes one trial after the other."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import time
+import sys
+import tempfile
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import IO
 
-from launch.sweeping import keeper, outcome
-from launch.sweeping.errors import SweepError
-from launch.sweeping.executors import Executor
-from launch.sweeping.ledger import Attempt, Ledger, run_pattern, with_mark
-from launch.sweeping.outcome import Outcome
-from launch.sweeping.points import show
-from launch.sweeping.processes import MARK, kill_marked, out_of_memory_kills
-from launch.sweeping.study import Study
+import optuna
+import torch
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
 
-if TYPE_CHECKING:
-    from launch.sweeping.adaptive import Adaptive
+from launch.sweeping.parameters import SweepError
+from launch.sweeping.study import Study, answering, this_machine
+from launch.sweeping.trial import FailedError, Slot, StoppedError, TrialRun, make_pruner
+from titans_ds.errors import OutputError
+from titans_ds.files import locked
 
-_TICK, _SCAN, _LOOK = 0.1, 0.5, 0.25  # seconds between looks at processes, at the study folder, at metrics
 STOPPED = 143  # exit code
-_FAILURES = 8  # in a row
-_PATIENCE = 600.0  # seconds that the study folder may be away
-
-
-@dataclass
-class Running:
-    """An attempt that runs under a keeper.
-
-    Args:
-        attempt: this process's claim.
-        keeper: process id.
-        since: monotonic time of its start.
-        status: signature of the run folder's status before it.
-        memory_kills: of the kernel, before it.
-        asked: to end, and why.
-        looked: when its metrics were last read.
-    """
-
-    attempt: Attempt
-    keeper: int
-    since: float
-    status: tuple[int, int]
-    memory_kills: int
-    asked: str | None = None
-    looked: float = 0.0
+_LOOK = 1.0  # seconds between looks at what others run
+_FAILURES = 3  # trials in a row
 
 
 class Worker:
@@ -58,214 +35,169 @@ class Worker:
 
     Args:
         study: shared with others.
-        executor: its slots.
+        slots: for one trial at a time each.
+        grace: seconds that a trial has to save itself when the sweep is stopped.
         say: takes a line of progress.
-        lease: seconds without a sign of life after which others take its trials over.
-        grace: seconds that a trial has to save itself when it is asked to end.
-        limit: of attempts that it starts; None for no limit.
-        patience: seconds without anything to do after which it leaves; None to wait for the end of the study, since
-            a trial that another process runs may have to be run again.
+        wait: stay while others run trials, which may have to be run again; else leave when no trial waits.
     """
 
     def __init__(
-        self,
-        study: Study,
-        executor: Executor,
-        say: Callable[[str], None],
-        lease: float = 180.0,
-        grace: float = 120.0,
-        limit: int | None = None,
-        patience: float | None = None,
+        self, study: Study, slots: list[Slot], grace: float, say: Callable[[str], None], wait: bool = True
     ) -> None:
-        self.study, self.executor, self.say = study, executor, say
-        self.lease, self.grace, self.limit, self.patience = lease, grace, limit, patience
-        self.adaptive = _adaptive(study)
-        self.ledger = Ledger(study, lease, self.adaptive, say)
-        self.running: dict[str, Running] = {}
-        self._signals, self._scanned, self._started = 0, 0.0, 0
-        self._idle_since = time.monotonic()
-        self._trouble: float | None = None
+        self.study, self.slots, self.grace, self.say, self.wait = study, slots, grace, say, wait
+        self.stop = threading.Event()
         self._failures = 0
 
     def run(self) -> int:
-        """Work until every trial of the study has ended, here or elsewhere. Returns the exit code: 0; 143 where it was
-        asked to stop (its trials save themselves, and go on when a sweep process comes back)."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        before[keeper.STOP] = signal.signal(keeper.STOP, signal.SIG_IGN)  # a keeper has it so until it is ready
-        try:
-            while not self._try_step():
-                time.sleep(_TICK)
-        finally:
-            for running in self.running.values():
-                _kill(running.keeper)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            self.executor.release()
-        return STOPPED if self._signals else 0
+        """Work until every trial has ended.
 
-    def _try_step(self) -> bool:
-        """A round; the study folder may be away for a while. What a round could not write is found a lease later."""
-        try:
-            done = self._step()
-        except OSError as error:
-            if self._trouble is None:
-                self._trouble = time.monotonic()
-                self.say(f"the study folder can't be used now: {error}")
-            if time.monotonic() - self._trouble > max(self.lease, _PATIENCE):
-                raise SweepError(f"{self.study.path} could not be used for a long time: {error}") from error
-            return False
-        self._trouble = None
-        return done
+        Returns:
+            the exit code: 0; 143 after SIGTERM, SIGINT, SIGHUP (a closed terminal) or SIGUSR2 (Slurm's, before its time
+            is over): its trials save themselves, and go on when a sweep process comes back. At a second signal they are
+            killed.
 
-    def _step(self) -> bool:
-        """One round; whether all is done."""
-        for slot in list(self.running):
-            self._reap(slot)
-        if self._signals:
-            self._stop_all()
-            return not self.running
-        self._check_failures()
-        self._fill()
-        self._prune()
-        with contextlib.suppress(OSError):
-            self.executor.beat()
-        return not self.running and (self._is_exhausted() or self.ledger.all_ended())
-
-    def _check_failures(self) -> None:
-        if self._failures >= _FAILURES:
-            raise SweepError(
-                f"{self._failures} attempts in a row have failed here (their reasons stand above). This process stops, "
-                "so that a broken machine does not use up the retries of every trial; mend it, and start it again"
-            )
-
-    def _is_exhausted(self) -> bool:
-        waited = time.monotonic() - self._idle_since
-        spent = self.limit is not None and self._started >= self.limit
-        return spent or (self.patience is not None and waited > self.patience)
-
-    def _fill(self) -> None:
-        free = [slot for slot in self.executor.slots if slot not in self.running]
-        if not free or time.monotonic() - self._scanned < _SCAN:
-            return
-        for slot in free:
-            if self.limit is not None and self._started >= self.limit:
-                return
-            busy = {running.attempt.trial.number for running in self.running.values()}
-            attempt = self.ledger.take(lambda trial, slot=slot: self.executor.launch(trial, slot), busy)
-            if attempt is None:
-                self._scanned = time.monotonic()
-                return
-            self._start(slot, attempt)
-
-    def _start(self, slot: str, attempt: Attempt) -> None:
-        trial = attempt.trial
-        self._started += 1
-        run = outcome.read_run(trial.run, self.study.space.metric)
-        if run.state == "finished":  # its process was killed after the run's end, before it was recorded
-            self._record(attempt, outcome.judge_finished(run, self.study.space.metric), 0.0, 0)
-            return
-        again = f", again from step {run.step}" if run.step else ""
-        self.say(f"trial {trial.number}: attempt {attempt.number} on {slot}{again}: {show(trial.point)}")
-        keeping = keeper.Keeping(
-            with_mark(attempt, MARK),
-            trial.claims,
-            attempt.number,
-            self.lease,
-            self.grace,
-            trial.log(attempt.number),
-            run_pattern(trial),
-        )
-        status, kills = _signature(trial.run), out_of_memory_kills()
-        self.executor.started(keeping.launch)
-        process = keeper.start_keeper(keeping)
-        self.running[slot] = Running(attempt, process, time.monotonic(), status, kills)
-
-    def _reap(self, slot: str) -> None:
-        running = self.running[slot]
-        pid, status = os.waitpid(running.keeper, os.WNOHANG)
-        if not pid:
-            return
-        del self.running[slot]
-        self._scanned, self._idle_since = 0.0, time.monotonic()
-        code = os.waitstatus_to_exitcode(status)
-        code = code if code >= 0 else 128 - code
-        if code:
-            kill_marked(running.attempt.mark)
-        seconds = time.monotonic() - running.since
-        self._record(running.attempt, self._judge(running, code), seconds, code)
-
-    def _judge(self, running: Running, code: int) -> Outcome:
-        trial, metric = running.attempt.trial, self.study.space.metric
-        run = outcome.read_run(trial.run, metric)
-        fresh = _signature(trial.run) != running.status
-        if fresh and run.state == "finished":
-            return outcome.judge_finished(run, metric)
-        if running.asked == "prune":
-            return outcome.stopped(run, "pruned", f"pruned at step {run.step}")
-        if running.asked == "stop":
-            return outcome.stopped(run, "stopped", "the sweep was stopped")
-        if code == keeper.SILENT:
-            return outcome.stopped(run, "lost", "its signs of life could not be written to the study folder")
-        kills = out_of_memory_kills() - running.memory_kills
-        return outcome.judge(run, code, fresh, trial.log(running.attempt.number), metric, kills)
-
-    def _record(self, attempt: Attempt, ended: Outcome, seconds: float, code: int) -> None:
-        number = attempt.trial.number
-        if not self.ledger.close(attempt, ended, seconds=round(seconds, 3), exit_code=code):
-            self.say(f"trial {number}: attempt {attempt.number} was taken over by another sweep process")
-            return
-        self._failures = self._failures + 1 if ended.state == "failed" else 0
-        value = "" if ended.value is None else f" {ended.value:.6g}"
-        again = "" if number in self.ledger.ended else "; it will be run again"
-        self.say(f"trial {number}: {ended.state}{value}{f' ({ended.reason})' if ended.reason else ''}{again}")
-
-    def _prune(self) -> None:
-        if self.adaptive is None or self.study.space.search.pruning == "none":
-            return
-        for running in self.running.values():
-            if running.asked == "prune":
-                _ask(running.keeper)
-            elif time.monotonic() - running.looked > _LOOK:
-                running.looked = time.monotonic()
-                values = outcome.read_run(running.attempt.trial.run, self.study.space.metric).values
-                if self.adaptive.should_prune(running.attempt.trial, values):
-                    running.asked = "prune"
-
-    def _stop_all(self) -> None:
-        for running in self.running.values():
-            running.asked = running.asked or "stop"
-            if self._signals > 1:
-                _kill(running.keeper)
-            else:
-                _ask(running.keeper)
+        Raises:
+            SweepError: the database does not answer, or several trials in a row have failed.
+        """
+        if not Path(self.study.meta["cwd"]).is_dir():
+            raise SweepError(f"the study was started in {self.study.meta['cwd']}, which is not here; mount it")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+            signal.signal(number, self._on_signal)
+        threading.excepthook = lambda what: None  # a heartbeat that can't be written; the loop itself finds out, too
+        with ThreadPoolExecutor(len(self.slots)) as pool:
+            futures = [pool.submit(self._serve, slot) for slot in self.slots]
+        for future in futures:
+            future.result()
+        return STOPPED if self.stop.is_set() else 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signals += 1
+        self.stop.set()
+        signal.signal(number, signal.SIG_DFL)  # a second one ends this process, and the guards end its trials
+
+    def _serve(self, slot: Slot) -> None:
+        """One slot, to the end of the study. What goes wrong here ends the other slots, too."""
+        try:
+            with answering(self.study.url):
+                own = optuna.load_study(
+                    study_name=self.study.meta["id"], storage=self.study.storage, pruner=make_pruner(self.study)
+                )
+                while not self.stop.is_set():
+                    self.study.fail_lost()
+                    self.study.requeue()
+                    states = {trial.state for trial in self.study.trials()}
+                    if TrialState.WAITING in states:
+                        self._run_one(own, slot)
+                    elif TrialState.RUNNING in states and self.wait:
+                        self.stop.wait(_LOOK)
+                    else:
+                        return
+        except BaseException:
+            self.stop.set()
+            raise
+
+    def _run_one(self, own: optuna.Study, slot: Slot) -> None:
+        """A waiting trial, if no other process takes it first."""
+        locks: list[IO[str]] = []
+
+        def objective(trial: optuna.Trial) -> float:
+            if "index" not in trial.user_attrs:  # Optuna makes a trial up where another process took the last one
+                raise StoppedError("no trial of the study")
+            frozen = self.study.storage.get_trial(trial._trial_id)
+            if self.study.is_duplicate(frozen):
+                trial.set_user_attr("duplicate", True)
+                raise StoppedError("its point has another trial")
+            # The lock comes first: a trial of this machine without one is lost. It is held until the end is told.
+            locks.append(self.study.lock(trial.user_attrs["index"], trial.number))
+            trial.set_user_attr("machine", this_machine())
+            trial.set_user_attr("place", f"{os.uname().nodename} {slot.name}")
+            return TrialRun(self, trial, slot).objective()
+
+        try:
+            own.optimize(objective, n_trials=1, catch=(FailedError, StoppedError), callbacks=[self._record])
+        except (UpdateFinishedTrialError, ValueError) as error:
+            # Optuna can't tell the end of a trial that others have failed meanwhile; ValueError is how it says so.
+            if isinstance(error, ValueError) and not str(error).startswith("Cannot tell"):
+                raise
+            self.say("a trial was taken over by another process, which had no sign of life from this one")
+        except UnboundLocalError as error:  # a slip of Optuna's, where the database goes away while it tells an end
+            slip = error.__context__ or error
+            raise slip from slip.__cause__
+        finally:
+            for lock in locks:
+                lock.close()
+        self.study.requeue()
+        if self._failures >= _FAILURES:
+            raise SweepError(
+                f"{self._failures} trials in a row have failed here (their reasons stand above). This process stops, "
+                "so that a broken machine does not fail the whole study; mend it, and give the same command again: it "
+                "tries failed trials again"
+            )
+
+    def _record(self, own: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        attrs = trial.user_attrs
+        if "index" not in attrs or attrs.get("duplicate"):
+            return
+        failed = attrs.get("outcome") == "failed"
+        self._failures = self._failures + 1 if failed else 0
+        if trial.state == TrialState.COMPLETE:
+            self.say(f"trial {attrs['index']}: complete {trial.value:.6g}")
+        else:
+            self.say(
+                f"trial {attrs['index']}: {attrs.get('outcome', 'stopped')} ({attrs.get('reason', 'goes on later')})"
+            )
 
 
-def _adaptive(study: Study) -> Adaptive | None:
-    if study.space.search.method != "adaptive":
-        return None
+def local_slots(count: int | None, ranks: int, launcher: list[str] | None, lock: bool = True) -> list[Slot]:
+    """Slots on this machine, on GPUs of their own where there are any.
+
+    Args:
+        count: how many; None for one, or as many as the GPUs allow.
+        ranks: processes of each trial, on a GPU each.
+        launcher: what runs launch/train.py; None for plain Python, or the deepspeed launcher for several ranks.
+        lock: keep the GPUs from other sweeps. Not where Slurm shares them out: its tasks may all call theirs 0.
+
+    Raises:
+        SweepError: no slot.
+    """
+    gpus = visible_gpus()
+    words = launcher or [sys.executable, "-u"]
+    if launcher is None and ranks > 1:
+        number = [] if gpus else ["--num_accelerators", str(ranks)]  # with GPUs it takes the visible ones
+        words = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", "{port}", *number]
+    if not gpus:
+        # Trials side by side on a CPU slow one another down many times over if each takes all cores.
+        cores = max(len(os.sched_getaffinity(0)) // ((count or 1) * ranks), 1)
+        threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cores)}
+        return [Slot(f"cpu{n}", words, threads) for n in range(count or 1)]
+    wanted = count or max(len(gpus) // ranks, 1)
+    free: list[str] = []
+    for gpu in gpus:
+        if len(free) < wanted * ranks and (not lock or _lock_gpu(gpu)):
+            free.append(gpu)
+    groups = [free[n : n + ranks] for n in range(0, len(free) - ranks + 1, ranks)]
+    if len(groups) < (count or 1):
+        raise SweepError(
+            f"no slot: {wanted} with {ranks} GPU(s) each asked for, {len(gpus)} GPU(s) here, {len(free)} of them "
+            "not in use by other sweeps. Ask for fewer with --slots or --ranks, or wait"
+        )
+    return [Slot("gpu" + "+".join(g), words, {"CUDA_VISIBLE_DEVICES": ",".join(g)}) for g in groups]
+
+
+def visible_gpus() -> list[str]:
+    """Indices of the GPUs that this process may use, or what CUDA_VISIBLE_DEVICES calls them."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return [name for name in allowed.split(",") if name and name != "-1"]
+    return [str(n) for n in range(torch.cuda.device_count())]
+
+
+_gpu_locks = contextlib.ExitStack()  # held until this process ends
+
+
+def _lock_gpu(gpu: str) -> bool:
+    """Keep a GPU from all other sweeps on this machine, of this user's; whether it was free."""
     try:
-        from launch.sweeping.adaptive import Adaptive
-    except ImportError as error:
-        raise SweepError("search.method adaptive needs optuna: pip install 'titans-ds[sweep]'") from error
-    return Adaptive(study)
-
-
-def _ask(process: int) -> None:
-    os.kill(process, keeper.STOP)
-
-
-def _kill(process: int) -> None:
-    """A keeper that is told that its sweep process has ended kills its trial."""
-    os.kill(process, keeper.ORPHAN)
-
-
-def _signature(run: Path) -> tuple[int, int]:
-    """Changes with every write of the run's status."""
-    try:
-        stat = (run / "status.json").stat()
-    except OSError:
-        return (0, 0)
-    return (stat.st_mtime_ns, stat.st_ino)
+        _gpu_locks.enter_context(locked(Path(tempfile.gettempdir()) / f"titans_ds_gpu-{os.getuid()}-{gpu}", "in use"))
+    except OutputError:
+        return False
+    return True

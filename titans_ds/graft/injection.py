@@ -12,7 +12,7 @@ The mixer's own code and parameter names stay as they are; the graft is one chil
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from torch.utils.hooks import RemovableHandle
 
 from titans_ds.config import GraftConfig
 from titans_ds.graft.call import KEYWORD, Call
-from titans_ds.memory import Access, LayerState, NeuralMemory
+from titans_ds.memory import Answer, LayerState, LayerTrace, Pass
+from titans_ds.memory.registry import make_memory
 
 CHILD = "titans"
 IN_FLIGHT = "_titans_in_flight"
@@ -80,17 +81,13 @@ class GraftedMemory(nn.Module):
         self.layer_index = layer_index
         self.injection = config.injection
         self.floor, self.floor_mode = config.gate_floor, config.gate_floor_mode
-        memory = config.memory
-        if config.injection == "mac":  # reads with its own queries: those of the tokens would never get a gradient
-            features = replace(memory.features, convolve_queries=False)
-            memory = replace(memory, query_projection="tied", features=features)
-        self.memory = NeuralMemory(hidden_size, memory, layer_index)
+        self.memory = make_memory(hidden_size, config.memory, layer_index)
         self.gate = nn.Parameter(torch.full((1,), float(config.gate_init)))  # g; [1]: ZeRO breaks on 0-dim parameters
         if config.injection == "mag":
             self.read_norm = nn.Parameter(torch.ones(hidden_size))
         if config.injection == "mac":
             generator = torch.Generator().manual_seed(config.memory.seed * 8191 + layer_index)
-            self.queries = nn.Parameter(torch.randn(config.memory_tokens, config.memory.dim, generator=generator))
+            self.queries = nn.Parameter(torch.randn(config.memory_tokens, self.memory.width, generator=generator))
         if config.persistent_tokens:
             self.persistent = PersistentTokens(hidden_size, config, layer_index)
 
@@ -105,25 +102,26 @@ class GraftedMemory(nn.Module):
         state: LayerState | None,
         mask_BT: Tensor | None,
         reset_B: Tensor | None,
-        access: Access,
-    ) -> tuple[Tensor, Tensor, LayerState, LayerState]:
+        plan: Pass,
+        trace: LayerTrace | None = None,
+    ) -> tuple[Answer, Tensor]:
         """What the memory says to this segment.
 
         Returns:
-            signal [B, T, H]: M, or SiLU(RMSNorm(M)) for `mag`, or [B, N, H] for `mac`; for a replay its answer [1];
-            s [1]; the state after this segment; stats, each [B].
+            the memory's answer, with M as its read, or SiLU(RMSNorm(M)) for `mag`; s [1].
         """
         queries_ND = self.queries if self.injection == "mac" else None
-        signal, new_state, stats = self.memory(hidden_BTH, state, mask_BT, reset_B, access, queries_ND)
-        if access.replay is not None:  # the gate gives it a graph where nothing is learned through the writes
-            return signal + 0 * self.gate.to(signal.dtype), self.gate_value(), new_state, stats
+        answer: Answer = self.memory(hidden_BTH, state, mask_BT, reset_B, plan, queries_ND, trace)
+        signal, stats = answer.read, answer.stats
+        if trace is not None and trace.again:  # the gate gives it a graph where nothing is learned through the writes
+            return answer._replace(read=signal + 0 * self.gate.to(signal.dtype)), self.gate_value()
         if self.injection == "mag":
             weight = self.read_norm.to(signal.dtype)
             signal = F.silu(F.rms_norm(signal, (signal.shape[-1],), weight, eps=1e-6))
         s = self.gate_value()
-        if access.stats:
+        if plan.stats:
             stats = {**stats, "gate": s.detach().expand(hidden_BTH.shape[0])}
-        return signal, s, new_state, stats
+        return Answer(signal, answer.state, stats), s
 
 
 @dataclass(frozen=True)
@@ -167,15 +165,18 @@ def before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _consult(grafted: GraftedMemory, hidden: Tensor, call: Call) -> Flight:
     index = grafted.layer_index
-    access = call.access_of(index, hidden)
-    signal, s, new_state, stats = grafted(hidden, call.state_of(index), call.mask, call.reset, access)
-    if call.access.write or call.follows:
-        call.new[index] = new_state
-    call.stats[index] = stats
+    going_on = call.follows and not call.plan.write and index in call.new
+    given = call.new if going_on else call.given
+    state = None if given is None else dict(given[index])  # a dict of its own: ZeRO-3 changes those it meets, in place
+    trace = None if call.trace is None else call.trace.new_layer(index, hidden)
+    answer, s = grafted(hidden, state, call.mask, call.reset, call.plan, trace)
+    if call.plan.write or call.follows:
+        call.new[index] = answer.state
+    call.stats[index] = answer.stats
     columns = [Columns(*grafted.persistent())] if hasattr(grafted, "persistent") else []
     if grafted.injection == "mac":
-        columns.append(Columns(signal, s))
-    return Flight(signal, s, tuple(columns))
+        columns.append(Columns(answer.read, s))
+    return Flight(answer.read, s, tuple(columns))
 
 
 def in_flight(mixer: nn.Module) -> Flight | None:

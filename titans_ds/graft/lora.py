@@ -8,25 +8,65 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from titans_ds.config import LoraSettings
-from titans_ds.errors import AdapterError, ConfigError
+from titans_ds.errors import AdapterError, ConfigError, DataError
+from titans_ds.files import atomic_file, write_text
+from titans_ds.reading import read_json, strict_record
 
 FOLDER = "lora"
+MARK = ".lora_"  # in the name of every one of its parameters
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear module but the output head
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what PEFT's own folders carry before the base model's names
+REMEDY = "Expected a folder that TitansModel.save_pretrained wrote; save the adapter again."
 
 
-def inject(base_model: nn.Module, settings: LoraSettings) -> None:
-    """Put LoRA modules into `base_model`; everything but them is frozen.
+@strict_record
+class _Config(TypedDict):
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: list[str]
+
+
+def adopt(base_model: nn.Module) -> tuple[nn.Module, LoraSettings | None]:
+    """The transformers model inside a PEFT model, or the model itself; and the settings of LoRA that it has already.
+
+    Raises:
+        ConfigError: adapters that can't be written down beside a memory; says to merge them.
+    """
+    inner: nn.Module = base_model.get_base_model() if hasattr(base_model, "get_base_model") else base_model  # type: ignore[operator]
+    found: dict[str, Any] = dict(getattr(base_model, "peft_config", None) or {})
+    if not found:
+        return inner, None
+    config: Any = found.get("default")
+    kind = str(getattr(getattr(config, "peft_type", None), "value", "none"))
+    plain = kind == "LORA" and len(found) == 1
+    unlike = [name for name in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "bias")
+              if getattr(config, name, None) not in (None, False, {}, "none")]  # fmt: skip
+    if not plain or unlike:
+        what = f"LoRA with {unlike[0]}" if plain else f"adapters {', '.join(found)} of kind {kind}"
+        raise ConfigError(
+            f"the base model has {what}, which can't be saved beside a memory; expected one LoRA adapter named "
+            "'default'. Merge it first: base.merge_and_unload()"
+        )
+    names = sorted({name.split(MARK)[0].rsplit(".", 1)[-1] for name, _ in parameters(inner)})
+    return inner, LoraSettings(config.r, float(config.lora_alpha), float(config.lora_dropout), names)
+
+
+def inject(base_model: nn.Module, settings: LoraSettings) -> LoraSettings:
+    """Put LoRA modules into `base_model`; everything but them is frozen. Returns the settings with all targets named.
 
     Raises:
         ConfigError: a target matches no linear module; lists the names there are.
@@ -34,6 +74,10 @@ def inject(base_model: nn.Module, settings: LoraSettings) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     names = sorted({n.rsplit(".", 1)[-1] for n, m in base_model.named_modules() if isinstance(m, nn.Linear)})
+    if list(settings.targets) == [ALL_LINEAR]:
+        head = base_model.get_output_embeddings()  # type: ignore[operator]
+        heads = {n.rsplit(".", 1)[-1] for n, m in base_model.named_modules() if m is head}
+        settings = replace(settings, targets=[name for name in names if name not in heads])
     missing = [t for t in settings.targets if t not in names]
     if missing:
         raise ConfigError(
@@ -48,12 +92,13 @@ def inject(base_model: nn.Module, settings: LoraSettings) -> None:
         task_type="CAUSAL_LM",
     )
     inject_adapter_in_model(config, base_model)
+    return settings
 
 
 def parameters(base_model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """LoRA's parameters by their name in the base model."""
     for name, parameter in base_model.named_parameters():
-        if ".lora_" in name:
+        if MARK in name:
             yield name, parameter
 
 
@@ -80,12 +125,11 @@ def save(base_model: nn.Module, settings: LoraSettings, directory: Path, state_d
     from peft import LoraConfig
 
     folder = directory / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     values = {n: p.detach() for n, p in parameters(base_model)} | (state_dict or {})
     # PEFT's files leave the adapter's name out of the parameter names.
     named = {_PREFIX + n.replace(".default.", "."): t.detach().cpu().contiguous().clone() for n, t in values.items()}
-    save_file(named, folder / (_WEIGHTS + ".part"), metadata={"format": "pt"})
-    os.replace(folder / (_WEIGHTS + ".part"), folder / _WEIGHTS)
+    with atomic_file(folder / _WEIGHTS) as temporary:
+        save_file(named, temporary, metadata={"format": "pt"})
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -95,8 +139,7 @@ def save(base_model: nn.Module, settings: LoraSettings, directory: Path, state_d
         base_model_name_or_path=str(getattr(base_model.config, "_name_or_path", "")),
     ).to_dict()
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    (folder / (_CONFIG + ".part")).write_text(json.dumps(plain, indent=2, default=str) + "\n")
-    os.replace(folder / (_CONFIG + ".part"), folder / _CONFIG)
+    write_text(folder / _CONFIG, json.dumps(plain, indent=2, default=str) + "\n")
 
 
 def read_settings(directory: Path) -> LoraSettings | None:
@@ -105,24 +148,38 @@ def read_settings(directory: Path) -> LoraSettings | None:
     if not path.exists():
         return None
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
-        return LoraSettings(
-            rank=values["r"],
-            alpha=float(values["lora_alpha"]),
-            dropout=float(values["lora_dropout"]),
-            targets=sorted(values["target_modules"]),
+        values = read_json(path, _Config, REMEDY)
+        settings = LoraSettings(
+            values["r"], values["lora_alpha"], values["lora_dropout"], sorted(values["target_modules"])
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path} is not a LoRA configuration of PEFT ({error!r}); save the adapter again") from error
+    except (DataError, ConfigError) as error:
+        raise AdapterError(str(error) if isinstance(error, DataError) else f"{path}: {error}. {REMEDY}") from None
+    # Before modules of that rank take memory.
+    stored = stored_shapes(path.with_name(_WEIGHTS))
+    ranks = {shape[0] for name, shape in stored.items() if ".lora_A." in name and shape}
+    if ranks != {settings.rank}:
+        raise AdapterError(
+            f"{path} says that its rank is {settings.rank}, the tensors beside it have {sorted(ranks)}; save the "
+            "adapter again"
+        )
+    return settings
+
+
+def stored_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of a safetensors file's tensors, from its header. Raises AdapterError where it can't be read."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing; expected a folder written by TitansModel.save_pretrained") from None
+    except Exception as error:  # safetensors' own, and those of the system
+        raise AdapterError(f"{path} is damaged ({error}); save the adapter again") from error
 
 
 def load_tensors(base_model: nn.Module, directory: Path) -> None:
     """Fill injected LoRA modules from a saved folder. Raises AdapterError where file and model do not fit."""
     path = directory / FOLDER / _WEIGHTS
-    try:
-        values = load_file(path)
-    except Exception as error:
-        raise AdapterError(f"{path} is missing or damaged ({error}); save the adapter again") from error
+    values = load_file(path)
     own = {_PREFIX + n.replace(".default.", "."): p for n, p in parameters(base_model)}
     wrong = [n for n in own.keys() ^ values.keys() or {n for n in own if own[n].shape != values[n].shape}]
     if wrong:

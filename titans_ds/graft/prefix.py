@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,14 +30,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
-from titans_ds.config import PrefixConfig
 from titans_ds.errors import ConfigError
 from titans_ds.graft import families
 from titans_ds.graft.call import KEYWORD, Call
 from titans_ds.graft.injection import IN_FLIGHT, Flight, Ready
+from titans_ds.graft.placement import device_of, dtype_of
 from titans_ds.graft.reconstruction import losses_and_derivative, mean_losses
-from titans_ds.memory import Access, Controls, LayerState, MemoryState
+from titans_ds.memory import Controls, LayerState, MemoryState, Pass
 from titans_ds.memory.positions import Positions
+from titans_ds.memory.prefix import PrefixConfig
 from titans_ds.memory.state import choose_rows
 
 if TYPE_CHECKING:
@@ -99,6 +100,18 @@ class PrefixCall(Call):
             nothing, nothing, columns, None if self.recorded is None else functools.partial(self._take, index)
         )
 
+    def rows(self) -> int | None:
+        """See Call."""
+        return next((len(columns.key) for columns in self.columns.values()), None)
+
+    def repeated(self, times: int) -> PrefixCall:
+        """See Call."""
+        columns = {
+            index: Ready(ready.key.repeat_interleave(times, 0), ready.value.repeat_interleave(times, 0))
+            for index, ready in self.columns.items()
+        }
+        return replace(self, columns=columns)
+
     def _take(self, index: int, key: Tensor, value: Tensor) -> None:
         if self.recorded is not None:
             self.recorded[index] = Ready(key, value)
@@ -108,27 +121,30 @@ def install(
     base_model: nn.Module, config: PrefixConfig, layers: list[int]
 ) -> tuple[PrefixMemory, list[RemovableHandle]]:
     """A prefix memory for a base model, and the hooks of all its mixers; `layers` see the prefix."""
-    parameter = next(base_model.parameters())
-    memory = PrefixMemory(families.text_width(base_model), config)
+    device, memory = device_of(base_model), PrefixMemory(families.text_width(base_model), config)
     handles: list[RemovableHandle] = []
     for mixer in families.find_mixers(base_model):
         handles += hook(mixer.module, mixer.index, mixer.index in layers)
-    return (memory if parameter.device.type == "meta" else memory.to(parameter.device)), handles
+    return (memory if device.type == "meta" else memory.to(device)), handles
 
 
 def hook(mixer: nn.Module, index: int, grafted: bool) -> list[RemovableHandle]:
     """Install the hooks of one mixer; those that don't see the prefix only drop the keyword."""
+    before = functools.partial(_before_mixer, index if grafted else None)
+    return [mixer.register_forward_pre_hook(before, with_kwargs=True), mixer.register_forward_hook(_after_mixer)]
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        kwargs = dict(kwargs)
-        call = kwargs.pop(KEYWORD, None)
-        object.__setattr__(module, IN_FLIGHT, call.flight(index) if grafted and call is not None else None)
-        return args, kwargs
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        object.__setattr__(module, IN_FLIGHT, None)
+def _before_mixer(
+    index: int | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    kwargs = dict(kwargs)
+    call = kwargs.pop(KEYWORD, None)
+    object.__setattr__(module, IN_FLIGHT, None if index is None or call is None else call.flight(index))
+    return args, kwargs
 
-    return [mixer.register_forward_pre_hook(before, with_kwargs=True), mixer.register_forward_hook(after)]
+
+def _after_mixer(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    object.__setattr__(module, IN_FLIGHT, None)
 
 
 def initial_state(initial_NH: Tensor, batch_size: int) -> dict[int, LayerState]:
@@ -157,7 +173,7 @@ class Segment:
 
 
 def read_write(
-    model: TitansModel, memory: PrefixMemory, segment: Segment, access: Access
+    model: TitansModel, memory: PrefixMemory, segment: Segment, plan: Pass
 ) -> tuple[Tensor, dict[int, LayerState], dict[int, LayerState]]:
     """One segment read behind the prefix, then written: hidden states [B, T, H], the state after it, stats."""
     initial_NH, sizes_K = memory()
@@ -166,13 +182,13 @@ def read_write(
     output = model.decoder(
         input_ids=segment.ids, attention_mask=segment.attention_mask, use_cache=False, **{KEYWORD: call}
     )
-    if not access.write or (_alone() and segment.mask is not None and not segment.mask.any()):
+    if not plan.write or (_alone() and segment.mask is not None and not segment.mask.any()):
         return output.last_hidden_state, {LAYER: {_ENTRY: prefix_BNH}}, {}
     new_BNH, before_B = write(
-        model, segment.ids, segment.mask, prefix_BNH, sizes_K, access.controls, access.graph, access.through_base
+        model, segment.ids, segment.mask, prefix_BNH, sizes_K, plan.controls, plan.graph, plan.through_base
     )
     stats: dict[int, LayerState] = {}
-    if access.stats:
+    if plan.stats:
         stats = {LAYER: _stats(model, segment, (prefix_BNH.detach(), new_BNH.detach()), before_B)}
     return output.last_hidden_state, {LAYER: {_ENTRY: new_BNH}}, stats
 
@@ -221,7 +237,7 @@ def encode(model: TitansModel, prefix_BNH: Tensor) -> tuple[PrefixCall, Tensor]:
     batch, length = prefix_BNH.shape[:2]
     positions = torch.arange(-length, 0, device=prefix_BNH.device).expand(batch, -1)
     output = model.decoder(
-        inputs_embeds=prefix_BNH.to(next(model.base_model.parameters()).dtype),
+        inputs_embeds=prefix_BNH.to(dtype_of(model.base_model)),
         position_ids=positions,
         use_cache=False,
         **{KEYWORD: PrefixCall(recorded=recorded)},

@@ -72,10 +72,15 @@ def take(x_BTH: Tensor, index_BN: Tensor) -> Tensor:
 
 def previous_tokens(hidden_BTH: Tensor, state: LayerState, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
     """For every position the last real token before it (in this call or the one before), and whether there is one."""
-    latest_BT = _latest_real(mask_BT)
-    before_BT = torch.cat([torch.full_like(latest_BT[:, :1], -1), latest_BT[:, :-1]], dim=1)  # -1: the carried token
+    before_BT = previous_positions(mask_BT)
     carried = torch.cat([state["last_hidden"].unsqueeze(1).to(hidden_BTH.dtype), hidden_BTH], dim=1)
     return take(carried, before_BT + 1), (before_BT >= 0) | (state["has_last"] > 0).unsqueeze(1)
+
+
+def previous_positions(mask_BT: Tensor) -> Tensor:
+    """[B, T]: where the last written token before each position stands; -1 where there is none in this call."""
+    latest_BT = _latest_real(mask_BT)
+    return torch.cat([torch.full_like(latest_BT[:, :1], -1), latest_BT[:, :-1]], dim=1)
 
 
 def last_token(hidden_BTH: Tensor, mask_BT: Tensor, state: LayerState) -> LayerState:

@@ -1,12 +1,17 @@
-"""Bias-free linear maps between the model's width and the memory's: frozen with orthonormal rows, or learned."""
+"""Between the model's width and the memory's: bias-free linear maps, frozen or learned, and heads side by side.
+
+Legend of shape suffixes: B batch, T tokens, D memory dim, N batch x heads.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans_ds.memory.features import Split
+_NORM_EPS = 1e-6
 
 
 class Projection(nn.Module):
@@ -30,9 +35,9 @@ class Projection(nn.Module):
         else:
             self.register_buffer("weight", weight)
 
-    def forward(self, x: Tensor, split: Split | None = None) -> Tensor:
-        """[..., in_features] -> [..., out_features]; split into heads [B, T, heads, d] where asked for."""
-        return F.linear(x, self.weight.to(x.dtype)) if split is None else split.of_projection(x, self.weight)
+    def forward(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features]; by `product(x, weight)`, with what follows it, where given."""
+        return F.linear(x, self.weight.to(x.dtype)) if product is None else product(x, self.weight)
 
     def transposed(self, y: Tensor) -> Tensor:
         """The adjoint map, [..., out_features] -> [..., in_features].
@@ -55,3 +60,24 @@ def semi_orthogonal(rows: int, columns: int, seed: int) -> Tensor:
         upper = torch.linalg.cholesky(tall.mT @ tall, upper=True)
         tall = torch.linalg.solve_triangular(upper, tall, upper=True, left=False)
     return (tall.mT if rows < columns else tall).float().contiguous()
+
+
+def split_heads(x_BTD: Tensor, heads: int) -> Tensor:
+    """[B, T, heads * d] (or [B, T, heads, d]) -> [B * heads, T, d]."""
+    if x_BTD.dim() == 3:
+        if heads == 1:
+            return x_BTD
+        x_BTD = torch.unflatten(x_BTD, -1, (heads, -1))
+    return x_BTD.transpose(1, 2).flatten(0, 1)
+
+
+def merge_heads(x_NTD: Tensor, heads: int) -> Tensor:
+    """The inverse of `split_heads`."""
+    if heads == 1:
+        return x_NTD
+    return torch.unflatten(x_NTD, 0, (-1, heads)).transpose(1, 2).flatten(2)
+
+
+def rms_norm(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """RMSNorm over the last dimension, in the dtype of x."""
+    return F.rms_norm(x, x.shape[-1:], None if scale is None else scale.to(x.dtype), eps=_NORM_EPS)

@@ -1,23 +1,12 @@
 """MemoryState: the fast weights of every grafted layer, as a value that nothing changes in place.
 
-A layer's state is a dict of tensors with a leading batch dimension; fp32 unless said (fp64 where the weights are):
-    w0, w1, …      fast weights [B, O, I]; [B, heads, O, I] with several heads
-    s0, s1, …      with momentum: S of each, the same shapes
-    v0, v1, …      under adamw: second moments; inner_step [B]: its steps so far
-    last_hidden    under token shift: the hidden state of the last token written, [B, H], its dtype
-    has_last       under token shift: 1 where there is such a token, [B]
-    tail_hidden    with convolutions: the hidden states of the last tokens written, [B, K, H], their dtype
-    pending_keys, pending_values    in chunks of C: the unfinished chunk's, [B, C - 1, D], the dtype of hidden states
-    pending_gates  in chunks: its gates' logits, [B, C - 1, gates * heads]
-    pending_paired in chunks: 1 where there is a pair to store, [B, C - 1, 1]
-    pending_count  in chunks: its tokens so far, [B]
+A layer's state is a dict of tensors with a leading batch dimension. Which ones, its kind says.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from titans_ds.errors import StateError
+from titans_ds.files import atomic_file
 
 LayerState = dict[str, Tensor]
 _FORMAT = "titans-ds memory state 1"
@@ -107,14 +97,12 @@ class MemoryState:
         return [t for layer in self.layers.values() for t in layer.values() if t.numel() > 0]
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-        """Write one safetensors file (to a temporary name, then renamed), with `metadata` in its header."""
+        """Write one safetensors file, whole or not at all, with `metadata` in its header."""
         tensors = {
             f"{i}.{n}": t.detach().cpu().contiguous() for i, layer in self.layers.items() for n, t in layer.items()
         }
-        target = Path(path)
-        partial = target.with_name(target.name + ".part")
-        save_file(tensors, partial, metadata={"format": _FORMAT, "user": json.dumps(metadata or {})})
-        os.replace(partial, target)
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": _FORMAT, "user": json.dumps(metadata or {})})
 
     @staticmethod
     def load(path: str | Path) -> tuple[MemoryState, dict[str, str]]:
@@ -123,19 +111,21 @@ class MemoryState:
             with safe_open(str(path), framework="pt") as file:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            user: dict[str, str] = json.loads(header.get("user", "{}"))
         except Exception as error:
             raise StateError(
                 f"{path} is not a readable memory state ({error}); expected a file of MemoryState.save"
             ) from error
-        if header.get("format") != _FORMAT:
+        named = [(name.partition("."), tensor) for name, tensor in tensors.items()]
+        whole = named and isinstance(user, dict) and all(index.isdecimal() for (index, _, _), _ in named)
+        if header.get("format") != _FORMAT or not whole:
             raise StateError(
                 f"{path} is a safetensors file, but not a memory state; expected a file of MemoryState.save"
             )
         layers: dict[int, LayerState] = {}
-        for name, tensor in tensors.items():
-            index, field = name.split(".", 1)
+        for (index, _, field), tensor in named:
             layers.setdefault(int(index), {})[field] = tensor
-        return MemoryState(layers), json.loads(header["user"])
+        return MemoryState(layers), user
 
 
 def choose_rows(mask_B: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training of Forward Alignment Networks (titans_ds.memory.fan) beside a memory that is trained already."""
+"""Training of Forward Alignment Networks (titans_ds.memory.mlp.fan) beside a memory that is trained already."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,12 @@ from titans_ds.errors import ConfigError, TrainingError
 from titans_ds.graft import adapter
 from titans_ds.graft.titans_model import TitansModel
 from titans_ds.memory import MemoryState
-from titans_ds.memory.fan import ForwardAlignment, Lesson
-from titans_ds.training.lanes import Lanes
+from titans_ds.memory.mlp import MLPConfig, MLPMemory
+from titans_ds.memory.mlp.fan import ForwardAlignment, Lesson
+from titans_ds.training.data.lanes import Lanes
+from titans_ds.training.data.segments import Batch
 from titans_ds.training.module import States
 from titans_ds.training.optimizer import lr_at
-from titans_ds.training.segments import Batch
 from titans_ds.training.settings import OptimizerSettings
 
 Follow = Literal["exact", "fan", "alternate"]
@@ -38,12 +39,12 @@ def with_networks(base: nn.Module, folder: Path, width: int) -> TitansModel:
         ConfigError: the adapter's memory has no backward pass to predict.
     """
     exact = TitansModel.from_pretrained(base, folder)
-    if exact.config.injection == "prefix":
-        raise ConfigError("this adapter is a prefix memory, written through the base model: there is no f_W to predict")
+    if not isinstance(exact.graft.memory, MLPConfig):
+        raise ConfigError("only memories whose f_W has hidden layers (kind 'mlp') have gradients to predict")
     tensors, lora = adapter.tensors(exact), exact.lora
-    memory = exact.config.memory
+    memory = exact.graft.memory
     rule = dataclasses.replace(memory.rule, gradient="fan", fan_width=width)
-    config = dataclasses.replace(exact.config, memory=dataclasses.replace(memory, rule=rule))
+    config = dataclasses.replace(exact.graft, memory=dataclasses.replace(memory, rule=rule))
     model = TitansModel(exact.detach(), config)
     model.lora = lora  # its modules are in the base model already
     with torch.no_grad():
@@ -51,14 +52,14 @@ def with_networks(base: nn.Module, folder: Path, width: int) -> TitansModel:
             if ".fan." not in name:
                 tensor.copy_(tensors[name])
     for index, fan in networks(model).items():
-        memory_ = model.memories[index].memory
+        memory_ = cast(MLPMemory, model.memories[index].memory)
         fan.start_from([getattr(memory_, f"initial_w{level}") for level in range(memory.depth)], memory_.form(1))
     return model.requires_grad_(False)
 
 
 def networks(model: TitansModel) -> dict[int, ForwardAlignment]:
     """By layer."""
-    found = {index: grafted.memory.fan for index, grafted in model.memories.items()}
+    found = {index: cast(MLPMemory, grafted.memory).fan for index, grafted in model.memories.items()}
     return {index: fan for index, fan in found.items() if fan is not None}
 
 

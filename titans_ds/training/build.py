@@ -9,15 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from titans_ds.errors import ConfigError, TitansError
-from titans_ds.graft import lora
+from titans_ds.files import Kind, atomic_folder
+from titans_ds.graft import lora, quantized
+from titans_ds.graft.hub import Provenance
+from titans_ds.graft.placement import dtype_of
 from titans_ds.graft.titans_model import TitansModel
-from titans_ds.training.compiled import compile_parts
+from titans_ds.reading import read_metrics
+from titans_ds.training.data.segments import Separators
 from titans_ds.training.engine import Engine
-from titans_ds.training.layer_graphs import graph_layers
 from titans_ds.training.module import PlainModel, TrainingModule
-from titans_ds.training.segments import Separators
 from titans_ds.training.settings import ModelSettings, TrainConfig
+from titans_ds.training.speed.compiled import compile_parts
+from titans_ds.training.speed.layer_graphs import graph_layers
 
+MODEL = Kind("a base model", "config.json", rb'"model_type"')
+_BASE = "model.base_model."  # what names of the base's parameters begin with in the training module
 _SEPARATORS = ("<|repo_name|>", "<|file_sep|>")
 
 
@@ -53,8 +59,10 @@ def unloadable(settings: ModelSettings, error: Exception) -> ConfigError:
 def _pretrained(settings: ModelSettings) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    form = quantized.settings_of(settings.quantization, settings.quantization_options or {}, settings.dtype)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         settings.base,
+        **({} if form is None else {"quantization_config": form}),
         dtype=getattr(torch, settings.dtype),
         attn_implementation=settings.attn_implementation,
         trust_remote_code=settings.trust_remote_code,
@@ -98,8 +106,11 @@ def _graft(base: nn.Module, config: TrainConfig, train_base: bool) -> TitansMode
     base.requires_grad_(train_base)
     if config.graft is None:
         return PlainModel(base)
-    dtype = next(base.parameters()).dtype
+    dtype = dtype_of(base)
     model = TitansModel(base, config.graft, freeze_base=not train_base, lora=config.lora)
+    if config.training.order == "first":  # these would get no gradient, and optimizers and ZeRO expect one
+        for _, parameter in model.write_only_parameters():
+            parameter.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.requires_grad and not train_base:
             parameter.data = parameter.data.to(dtype)  # as DeepSpeed casts the module; optimizer state stays fp32
@@ -155,31 +166,50 @@ def gate_names(module: TrainingModule) -> dict[str, str]:
 
 
 def save_trained(engine: Engine, folder: Path, config: TrainConfig, tokenizer: Any | None, writes: bool) -> None:
-    """Write adapter/ (the graft) and, where the base was trained, model/. A collective; `writes` on rank 0."""
+    """Write adapter/ (the graft) and, where the base was trained, model/. A collective; `writes` on rank 0.
+
+    Raises OutputError on the rank that writes, once no other rank waits for it any more.
+    """
     model = engine.module.model
+    adapter: dict[str, str] = {}
     if isinstance(model, TitansModel):
         names = {id(p): n for n, p in engine.module.named_parameters()}
         adapter = {own: names[id(p)] for own, p in model.titans_parameters()}
         adapter |= {own: names[id(p)] for own, p in lora.parameters(model.base_model)}
-        whole = engine.parameters(list(adapter.values()))
-        if writes:
-            model.save_pretrained(folder / "adapter", {own: whole[name] for own, name in adapter.items()})
+    base = []
     if config.model.trainable == "all":
-        _save_base(engine, folder / "model", getattr(torch, config.model.dtype), tokenizer, writes)
+        base = [n for n, _ in engine.module.named_parameters() if n.startswith(_BASE) and ".titans." not in n]
+    # All collectives come before the first file: a rank that can't write must not leave the others waiting.
+    grafted, trained = (engine.parameters(names) if names else {} for names in (list(adapter.values()), base))
+    if writes and isinstance(model, TitansModel):
+        model.provenance = _provenance(config, folder)
+        model.save_pretrained(folder / "adapter", {own: grafted[name] for own, name in adapter.items()})
+    if writes and base:
+        _save_base(model, trained, folder / "model", getattr(torch, config.model.dtype), tokenizer)
 
 
-def _save_base(engine: Engine, folder: Path, dtype: torch.dtype, tokenizer: Any | None, writes: bool) -> None:
-    base = cast(Any, engine.module.model.base_model)
-    prefix = "model.base_model."
-    names = [n for n, _ in engine.module.named_parameters() if n.startswith(prefix) and ".titans." not in n]
-    whole = engine.parameters(names)
-    if not writes:
-        return
+def _provenance(config: TrainConfig, run: Path) -> Provenance:
+    """What the adapter of a run says of its training: data, steps, and the last evaluation, where there was one."""
+    told = Provenance(data=Path(config.data.corpus).name, split=config.data.train_split, steps=config.training.steps)
+    lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []  # an exported adapter has none
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    if evaluations:
+        last = evaluations[-1]
+        told["repositories"] = last["repositories"]
+        told["losses"], told["minus_memory"] = last["losses"], last["minus_memory"]
+    return told
+
+
+def _save_base(
+    model: TitansModel | PlainModel, whole: dict[str, Tensor], folder: Path, dtype: torch.dtype, tokenizer: Any | None
+) -> None:
+    base = cast(Any, model.base_model)
     buffers = {n: b.detach().cpu() for n, b in base.named_buffers() if n in _persistent(base) and ".titans." not in n}
-    state: dict[str, Tensor] = {n.removeprefix(prefix): t.to(dtype) for n, t in whole.items()}
-    base.save_pretrained(folder, state_dict={**state, **buffers})
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    state: dict[str, Tensor] = {n.removeprefix(_BASE): t.to(dtype) for n, t in whole.items()}
+    with atomic_folder(folder, MODEL) as temporary:
+        base.save_pretrained(temporary, state_dict={**state, **buffers})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
 
 
 def _persistent(module: nn.Module) -> set[str]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from titans_ds.training import torch_checkpoint
+from titans_ds.training.checkpoints import torch_file as torch_checkpoint
 from titans_ds.training.module import TrainingModule
 from titans_ds.zero.adamw import SkippableAdamW
 

@@ -1,11 +1,15 @@
-"""Held-out evaluation: the same repositories with their own memory, without memory, and with another's; and, where LoRA
-is trained beside the memory, with the base model before training, which shows what it has forgotten.
+"""Held-out evaluation: the same segments with their repository's own memory, with another's, with an empty one, and
+with memory ablated; and, where LoRA is trained beside the memory, with the base model before training.
+
+The first three differ in the state that a segment starts from, and in nothing else: each writes inside the segment as
+training does (or none does, with `evaluation.segment_writes` false). So `wrong - memory` is what it is worth to have
+read this repository and not another, and `empty - memory` what it is worth to have read anything before.
 
 Repositories are read in groups, row by row through time. The wrong memory of a row is the state of another row of its
 group after as many segments; groups are made of repositories with about as many segments, so states are length-matched.
 Only segments that take a memory over from the one before count (not a repository's first, nor a file's first where
-memories start anew at each): there all three ways differ by the memory alone. Groups do not depend on
-the number of ranks, and every rank makes the same number of forward passes with the same shapes, as ZeRO-3 needs.
+memories start anew at each). Groups do not depend on the number of ranks, and every rank makes the same number of
+forward passes with the same shapes, as ZeRO-3 needs.
 """
 
 from __future__ import annotations
@@ -19,15 +23,15 @@ import numpy as np
 import torch
 
 from titans_ds.errors import DataError
-from titans_ds.memory import MemoryState
+from titans_ds.memory import READ, MemoryState, Pass
 from titans_ds.training import ranks
+from titans_ds.training.data.packed import Integers
+from titans_ds.training.data.segments import IGNORED, Batch, RepositoryReader, Segment, collate
 from titans_ds.training.engine import Engine
-from titans_ds.training.module import Mode, States, run_segment
-from titans_ds.training.packed import Integers
-from titans_ds.training.segments import IGNORED, Batch, RepositoryReader, Segment, collate
+from titans_ds.training.module import Outputs, States, run_segment
 from titans_ds.training.settings import EvaluationSettings
 
-MODES = ("memory", "ablated", "wrong")
+MODES = ("memory", "wrong", "empty", "ablated")
 BEFORE = "before"  # without memory and without LoRA: the base model before training
 PLAIN = ("base",)  # of a model without memory
 
@@ -157,20 +161,37 @@ class Evaluator:
             segments = [] if group is None else self._segments(group, time)
             batch = collate(segments + [None] * (rows - len(segments)), length)
             counted = time >= self._first
-            outputs = run_segment(engine, batch, state, Mode(write=self._with_memory))
+            after = run_segment(engine, batch, state, Pass(write=self._with_memory))
             if self._with_memory:
                 batch = dataclasses.replace(batch, repos=np.where(batch.reset, -1, batch.repos))
             if counted:
-                _add(sums, batch, self._modes[0], outputs.row_losses)
                 _count(sums, batch)
-            if counted and self._with_memory:
-                _add(sums, batch, "ablated", run_segment(engine, batch, state, Mode(memory=False)).row_losses)
-                wrong = _swap(state, group, rows, engine.device)
-                _add(sums, batch, "wrong", run_segment(engine, batch, wrong, Mode(write=False)).row_losses)
+                for mode, losses in self._row_losses(engine, batch, state, group, after).items():
+                    _add(sums, batch, mode, losses)
             if counted and self._before:
-                original = run_segment(engine, batch, None, Mode(memory=False, lora=False))
+                with engine.module.ablated(lora=True):
+                    original = run_segment(engine, batch, None, READ)
                 _add(sums, batch, BEFORE, original.row_losses)
-            state = outputs.state or None
+            state = after.state or None
+
+    def _row_losses(
+        self, engine: Engine, batch: Batch, state: States | None, group: Group | None, after: Outputs
+    ) -> dict[str, torch.Tensor]:
+        """The losses [B] of one segment in each mode; `after` is the pass with the own state that writes."""
+        if not self._with_memory:
+            return {self._modes[0]: after.row_losses}
+        own, plan = after, Pass(write=self._settings.segment_writes)
+        if not plan.write:
+            own = run_segment(engine, batch, state, plan)
+        wrong = _swap(state, group, len(batch.repos), engine.device)
+        passes = {
+            "memory": own,
+            "wrong": run_segment(engine, batch, wrong, plan),
+            "empty": run_segment(engine, batch, None, plan),
+        }
+        with engine.module.ablated():
+            passes["ablated"] = run_segment(engine, batch, state, READ)
+        return {name: outputs.row_losses for name, outputs in passes.items()}
 
     def _segments(self, group: Group, time: int) -> list[Segment | None]:
         return [self._reader.segment(r, time) if time < self._length(r) else None for r in group.repos]

@@ -13,15 +13,16 @@ from typing import Any, Protocol
 
 import torch
 
-from titans_ds.errors import TrainingError
+from titans_ds.errors import OutputError, TrainingError
+from titans_ds.memory import Pass
 from titans_ds.training import ranks
 from titans_ds.training.build import gate_names, save_trained
-from titans_ds.training.checkpoint import Checkpoints, Found, restore
+from titans_ds.training.checkpoints.checkpoint import Checkpoints, Found
+from titans_ds.training.checkpoints.files import Progress
+from titans_ds.training.data.lanes import Lanes
 from titans_ds.training.engine import Engine
 from titans_ds.training.evaluation import Evaluation, Evaluator
-from titans_ds.training.lanes import Lanes
 from titans_ds.training.metrics import MetricsWriter, gradient_norms, memory_stats, peak_host_bytes, peak_memory_bytes
-from titans_ds.training.module import Mode
 from titans_ds.training.optimizer import lr_at
 from titans_ds.training.run_folder import RunFolder
 from titans_ds.training.settings import TrainConfig
@@ -40,23 +41,6 @@ class Reporter(Protocol):
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """After every evaluation."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands; with the lanes' state_dict and Carried everything that a resumed run needs beside weights.
-
-    Args:
-        step: optimizer steps done (skipped ones included).
-        skipped: steps without an update, because a loss or gradient was not finite.
-        bad_in_a_row: steps in a row with a loss, gradient or state that was not finite.
-        tokens: target tokens seen.
-    """
-
-    step: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +73,8 @@ class Trainer:
         reporter: shows progress, on rank 0; None elsewhere.
         tokenizer: saved beside a trained base model.
         checkpoints: where the run is saved, on every rank; None for a run without checkpoints.
-        found: the checkpoint that it goes on from; None from the beginning.
+        found: the checkpoint that it goes on from, which the engine has loaded; None from the beginning.
+        carried: the states of this rank's lanes in it.
     """
 
     def __init__(
@@ -103,15 +88,15 @@ class Trainer:
         tokenizer: Any | None = None,
         checkpoints: Checkpoints | None = None,
         found: Found | None = None,
+        carried: Carried | None = None,
     ) -> None:
         self.config, self.engine, self.lanes, self.evaluator = config, engine, lanes, evaluator
         self.folder, self.reporter, self.tokenizer = folder, reporter, tokenizer
-        self.progress, self.carried, self.checkpoints = Progress(), Carried(), checkpoints
+        self.progress = Progress(**found.marker["progress"]) if found else Progress()
+        self.carried, self.checkpoints = carried or Carried(), checkpoints
         self._gates, self._resumed = gate_names(engine.module), found is not None
-        if found is not None:
-            self.progress, self.carried = Progress(**found.marker["progress"]), restore(found, engine, lanes)
         resumed = found.step if found else None
-        self._metrics = MetricsWriter(folder.path, config.run.tensorboard, resumed) if folder else None
+        self._metrics = MetricsWriter(folder.path, config.run, resumed) if folder else None
         self._stop, self._unsaved = False, ""
 
     def run(self) -> Outcome:
@@ -124,6 +109,9 @@ class Trainer:
         on_loss(lambda message: self._status("failed", error=message))
         try:
             return self._run()
+        except KeyboardInterrupt:
+            self._status("stopped")
+            raise
         except BaseException as error:
             self._status("failed", error=f"{type(error).__name__}: {error}")
             raise
@@ -160,7 +148,7 @@ class Trainer:
             kept = {"evaluation": settings, "losses": {r.repo: r.losses["ablated"] for r in result.repositories}}
             if self.folder:
                 self.folder.write(_BEFORE, json.dumps(kept, indent=1) + "\n")
-        if kept is not None and kept["evaluation"] == settings:
+        if isinstance(kept, dict) and kept.get("evaluation") == settings:
             evaluator.recall(kept["losses"])
         elif self.folder:
             logger.warning("no held-out loss before training with these evaluation settings; forgetting is not shown")
@@ -191,7 +179,7 @@ class Trainer:
         start, step, config = time.perf_counter(), self.progress.step, self.config
         logging = (step + 1) % config.training.log_interval == 0 or step + 1 == config.training.steps
         passes = run_passes(
-            self.engine, self.lanes, self.carried, config.training, ranks.world_size(), Mode(stats=logging)
+            self.engine, self.lanes, self.carried, config.training, ranks.world_size(), Pass(stats=logging)
         )
         gates = self.engine.gradients(list(self._gates.values())) if logging else {}
         norms = gradient_norms(gates)
@@ -269,8 +257,18 @@ class Trainer:
 
     def _save(self) -> None:
         path = ranks.on_rank_zero(lambda: self.folder.path if self.folder else None)
-        if path is not None:
+        if path is None:
+            return
+        problem = None
+        try:
             save_trained(self.engine, path, self.config, self.tokenizer, writes=self.folder is not None)
+        except OutputError as error:
+            problem = str(error)
+        if problem := ranks.gather(problem)[0]:
+            saved = self.config.checkpoint.interval > 0 and self.checkpoints is not None and not self._unsaved
+            ways = f"The checkpoint of step {self.progress.step} is whole: with run.resume auto the run ends from there"
+            lost = self._unsaved or "No checkpoint was asked for (checkpoint.interval), so that the training is lost"
+            self._unsaved = f"what was trained could not be saved: {problem}. {ways if saved else lost}"
 
     def _status(self, state: str, **details: Any) -> None:
         if self.folder:

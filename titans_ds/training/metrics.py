@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl, TensorBoard, and the sums over ranks they are made of."""
+"""What a run records: metrics.jsonl, trackers, and the sums over ranks they are made of."""
 
 from __future__ import annotations
 
@@ -13,42 +13,39 @@ import torch
 from torch import Tensor
 
 from titans_ds.training import ranks
+from titans_ds.training.settings import RunSettings
 from titans_ds.training.step import Passes
+from titans_ds.training.trackers import Trackers
 
 _AVERAGED = ("inner_loss_before", "inner_loss_after", "write_norm")
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, one line at a time, and to TensorBoard. Only rank 0 has one.
+    """Appends to metrics.jsonl, one line at a time, and to the run's trackers. Only rank 0 has one.
 
     Args:
         folder: of the run.
-        tensorboard: write events, too.
-        resumed: the step that the run goes on from; TensorBoard then hides what a run before wrote after it.
+        settings: of the run: its trackers.
+        resumed: the step that the run goes on from; see titans_ds.training.trackers.
+
+    Raises:
+        ConfigError: a tracker can't start.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, resumed: int | None = None) -> None:
+    def __init__(self, folder: Path, settings: RunSettings, resumed: int | None = None) -> None:
+        self._trackers = Trackers(settings.trackers, settings.project, folder, resumed)
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = None if resumed is None else resumed + 1
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Record values of a step; kind is `train` or `evaluation`. What is not finite becomes null (JSON)."""
         self._file.write(json.dumps({"kind": kind, "step": step, **_finite(values)}, allow_nan=False) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in _flat(values):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._trackers.log(dict(_flat(values, f"{kind}/")), step)
 
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

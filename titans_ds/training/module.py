@@ -6,18 +6,19 @@ Everything that crosses this boundary is a tensor, or a dict of tensors, as ZeRO
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from titans_ds.graft import head
 from titans_ds.graft.call import MemoryOutput
 from titans_ds.graft.titans_model import TitansModel
-from titans_ds.memory import LayerState, Tape
-from titans_ds.training.loss import LossKernel, fused_token_losses, fused_weight, token_losses
-from titans_ds.training.segments import Batch
+from titans_ds.memory import LayerState, Pass, SegmentTrace
+from titans_ds.training.data.segments import Batch
+from titans_ds.training.speed.loss import LossKernel, fused_token_losses, fused_weight, token_losses
 
 States = dict[int, LayerState]
 
@@ -43,46 +44,23 @@ class PlainModel(nn.Module):
 
     def read_write(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> MemoryOutput:
         """Hidden states of one segment [B, T] -> [B, T, H]; no state."""
-        decoder = getattr(self.base_model, str(self.base_model.base_model_prefix))
+        decoder = head.decoder_of(self.base_model)
         output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return MemoryOutput(output.last_hidden_state, {}, {})
 
     def logits(self, last_hidden: Tensor) -> Tensor:
         """The language-modelling head: [..., H] -> [..., vocabulary]."""
-        return cast(Tensor, self.base_model.get_output_embeddings()(last_hidden))  # type: ignore[operator]
-
-
-@dataclass(frozen=True)
-class Mode:
-    """What one forward pass of the training module does.
-
-    Args:
-        memory: off ablates: every memory is skipped.
-        write: compute the state after the segment.
-        graph: keep the graph of the write (second order).
-        stats: collect gates, inner losses and write norms.
-        lora: false skips LoRA too: without memory, the base model before training.
-        through_base: with `graph`, writes see attached hidden states.
-        derived: take the hand-derived backward of the write, where there is one.
-    """
-
-    memory: bool = True
-    write: bool = True
-    graph: bool = False
-    stats: bool = False
-    lora: bool = True
-    through_base: bool = False
-    derived: bool = True
+        return head.logits(self.base_model, last_hidden)
 
 
 @dataclass(frozen=True)
 class Window:
-    """What the second phase of a window needs: tapes of its segments, the states before the first one, and `derived`
-    of Mode."""
+    """What the second phase of a window needs: traces of its segments, the states before the first one, and the plan
+    of its passes."""
 
-    tapes: list[Tape]
+    traces: list[SegmentTrace]
     state: States | None
-    derived: bool = True
+    plan: Pass
 
 
 @dataclass(frozen=True)
@@ -113,13 +91,13 @@ class TrainingModule(nn.Module):
         self.loss_kernel = loss_kernel
 
     def forward(self, *inputs: Any) -> Any:
-        """`segment`; or `replay`, where the one input is a Window. An engine knows a single forward."""
-        return self.replay(inputs[0]) if isinstance(inputs[0], Window) else self.segment(*inputs)
+        """`segment`; or `surrogate_loss`, where the one input is a Window. An engine knows a single forward."""
+        return self.surrogate_loss(inputs[0]) if isinstance(inputs[0], Window) else self.segment(*inputs)
 
-    def replay(self, window: Window) -> Tensor:
+    def surrogate_loss(self, window: Window) -> Tensor:
         """The second phase of a window, a scalar whose gradient is missing after the first; see titans_ds.memory."""
         checkpointing = _recomputes(self.model.base_model)
-        return cast(TitansModel, self.model).replay(window.tapes, window.state, checkpointing, window.derived)
+        return cast(TitansModel, self.model).surrogate_loss(window.traces, window.state, window.plan, checkpointing)
 
     def segment(
         self,
@@ -128,8 +106,8 @@ class TrainingModule(nn.Module):
         mask: Tensor | None,
         reset: Tensor,
         state: States | None,
-        mode: tuple[bool, ...],
-        tape: Tape | None = None,
+        plan: Pass,
+        trace: SegmentTrace | None = None,
     ) -> tuple[Tensor, Tensor, States, States]:
         """One segment per row.
 
@@ -139,38 +117,29 @@ class TrainingModule(nn.Module):
             mask: bool [B, T], true where a token may be written; None: everywhere.
             reset: bool [B], true where a row starts from W_0.
             state: by layer; None starts every row from W_0.
-            mode: the fields of Mode, in order.
-            tape: takes what the second phase needs; None where there is none.
+            plan: what the pass does with the memories.
+            trace: takes what the second phase needs; None where there is none.
 
         Returns:
             loss sum (scalar), loss by row [B], state after the segment, stats.
         """
-        wanted = Mode(*mode)
         model = cast(LanguageModel, self.model)
-        with contextlib.ExitStack() as ablation:
-            if not wanted.memory:
-                ablation.enter_context(cast(TitansModel, self.model).disable_memory())
-            if not wanted.lora:
-                ablation.enter_context(cast(TitansModel, self.model).disable_lora())
-            # Right padding under causal mixing: no real token sees a padding, so no attention mask is needed.
-            output = model.read_write(
-                input_ids,
-                state=state,
-                reset=reset,
-                write_mask=mask,
-                write=wanted.write,
-                graph=wanted.graph,
-                collect_stats=wanted.stats,
-                through_base=wanted.through_base,
-                derived=wanted.derived,
-                tape=tape,
-            )
+        # Right padding under causal mixing: no real token sees a padding, so no attention mask is needed.
+        output = model.read_write(input_ids, state=state, reset=reset, write_mask=mask, plan=plan, trace=trace)
         row_losses = self._token_losses(output.last_hidden, labels).sum(dim=1)
         return row_losses.sum(), row_losses, output.state, output.stats
 
+    @contextlib.contextmanager
+    def ablated(self, lora: bool = False) -> Iterator[None]:
+        """Inside, every memory is skipped; and with `lora` LoRA too: the base model before training."""
+        model = cast(TitansModel, self.model)
+        with model.disable_memory(), model.disable_lora() if lora else contextlib.nullcontext():
+            yield
+
     def _token_losses(self, hidden_BTH: Tensor, labels_BT: Tensor) -> Tensor:
-        weight = fused_weight(cast(Any, self.model.base_model).get_output_embeddings(), self.loss_kernel)
-        if weight is not None:
+        base = self.model.base_model
+        weight = fused_weight(cast(Any, base).get_output_embeddings(), self.loss_kernel)
+        if head.has_linear_head(base) and weight is not None:
             return fused_token_losses(weight, hidden_BTH, labels_BT, self.loss_chunk_tokens)
         return token_losses(cast(LanguageModel, self.model).logits, hidden_BTH, labels_BT, self.loss_chunk_tokens)
 
@@ -192,14 +161,15 @@ class Runner(Protocol):
         """The module's forward."""
 
 
-def run_segment(engine: Runner, batch: Batch, state: States | None, mode: Mode, tape: Tape | None = None) -> Outputs:
+def run_segment(
+    engine: Runner, batch: Batch, state: States | None, plan: Pass, trace: SegmentTrace | None = None
+) -> Outputs:
     """Run an engine's TrainingModule on one segment of every lane."""
     mask = None if batch.mask.all() else batch.mask  # without one a memory has less to compute
     arrays = (batch.input_ids, batch.labels, mask, batch.reset)
     tensors = [None if x is None else torch.from_numpy(x).to(engine.device, non_blocking=True) for x in arrays]
     given = None if not state else {index: dict(layer) for index, layer in state.items()}  # ZeRO-3 rewrites dicts
-    mode = dataclasses.replace(mode, write=mode.write and mode.memory, stats=mode.stats and mode.memory)
-    return Outputs(*engine(*tensors, given, dataclasses.astuple(mode), *([] if tape is None else [tape])))
+    return Outputs(*engine(*tensors, given, plan, *([] if trace is None else [trace])))
 
 
 def detach(state: States) -> States:

@@ -14,8 +14,8 @@ def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> SkippableA
     """AdamW over the trainable parameters; weight decay on matrices alone."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if _is_matrix(p)], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if not _is_matrix(p)], "weight_decay": 0.0},
+        {"params": [p for p in trainable if is_matrix(p)], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if not is_matrix(p)], "weight_decay": 0.0},
     ]
     return SkippableAdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
@@ -29,5 +29,6 @@ def lr_at(step: int, total_steps: int, settings: OptimizerSettings) -> float:
     return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * cosine)
 
 
-def _is_matrix(parameter: nn.Parameter) -> bool:
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether weight decay is for it: it has two dimensions or more."""
     return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # under ZeRO-3 the shape itself is [0]

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -38,11 +37,6 @@ def sum_over(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
-
-
-def any_true(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank."""
-    return bool(sum_over(torch.tensor([float(flag)], device=device)).item() > 0)
 
 
 def gather(value: T) -> list[T]:

@@ -1,4 +1,4 @@
-"""The run folder: it explains itself. Every file is written under a temporary name and renamed."""
+"""The run folder: it explains itself."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
-from titans_ds.errors import ConfigError
+from titans_ds.errors import ConfigError, DataError
+from titans_ds.files import Kind, check_folder, write_text
+from titans_ds.reading import metric, read_json, strict_record
 
 _PACKAGES = ("titans-ds", "torch", "transformers", "deepspeed", "safetensors", "numpy")
+RUN = Kind("a run", "status.json", rb'\A\{\s*"state": "(running|finished|stopped|failed)"')
 STOP = "stop"  # a file of this name asks the run to save and end
+_FILES = ("config.yaml", "versions.json", "README.md", "metrics.jsonl", STOP)
+_FOLDERS = ("tensorboard", "evaluation", "checkpoints", "adapter", "model")
 _README = """# A run of titans-ds
 
 `config.yaml` is the whole configuration; `launch/train.py --config config.yaml --run.dir NEW` runs it again.
@@ -27,6 +33,11 @@ per evaluation (losses in nats a token); `tensorboard/` the same as curves. `eva
 `adapter/` is the trained memory: `titans_ds.TitansModel.from_pretrained(BASE, "adapter")`. `model/` is there where the
 base model was trained, too.
 """
+
+
+@strict_record
+class _Status(TypedDict):
+    state: str
 
 
 class RunFolder:
@@ -44,23 +55,27 @@ class RunFolder:
         """Make the folder, with its configuration, versions and status.
 
         Raises:
-            ConfigError: there is a run in it, and `overwrite` is off; or something else than a run.
+            ConfigError: there is a run in it, and `overwrite` is off.
+            OutputError: there is something else than a run in it, or it can't be written.
         """
-        folder = Path(path)
-        if folder.exists() and (not folder.is_dir() or any(p.suffix != ".part" for p in folder.iterdir())):
-            if not (folder / "status.json").is_file():
-                raise ConfigError(f"{folder} exists and is no run folder; choose another run.dir")
-            if not overwrite:
-                raise ConfigError(
-                    f"{folder} holds a run already; choose another run.dir, set run.resume to auto to go on from its "
-                    "newest checkpoint, or run.overwrite to true"
-                )
+        folder = cls.check(path, overwrite)
+        if folder.exists():
             _clear(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
         run.status("running", step=0)
         run._describe(config_yaml)
         return run
+
+    @staticmethod
+    def check(path: str | Path, overwrite: bool) -> Path:
+        """The folder, where `create` could make the run. Raises what `create` raises."""
+        folder = check_folder(path, RUN)
+        if (folder / RUN.marker).exists() and not overwrite:
+            raise ConfigError(
+                f"{folder} holds a run already; choose another run.dir, set run.resume to auto to go on from its "
+                "newest checkpoint, or run.overwrite to true"
+            )
+        return folder
 
     @classmethod
     def reopen(cls, path: str | Path, config_yaml: str, step: int, evaluate_again: bool) -> RunFolder:
@@ -88,10 +103,9 @@ class RunFolder:
     def unfinished(self) -> bool:
         """Whether there is a run in the folder that did not come to its end."""
         try:
-            state = json.loads((self.path / "status.json").read_text(encoding="utf-8"))["state"]
-        except (OSError, ValueError, KeyError):
+            return bool(read_json(self.path / RUN.marker, _Status)["state"] != "finished")
+        except DataError:
             return False
-        return bool(state != "finished")
 
     def _describe(self, config_yaml: str) -> None:
         self.write("config.yaml", config_yaml)
@@ -102,43 +116,42 @@ class RunFolder:
         """Keep the lines up to `step`; a line that a killed run left torn goes, too."""
         path = self.path / "metrics.jsonl"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.write("metrics.jsonl", "".join(line for line in lines if _belongs(line, step, evaluate_again)))
+            kept = [
+                line for line in path.read_bytes().splitlines(keepends=True) if _belongs(line, step, evaluate_again)
+            ]
+            self.write("metrics.jsonl", b"".join(kept).decode())
 
     def status(self, state: str, **details: Any) -> None:
         """Write status.json: state is running, finished, stopped or failed."""
         self.write("status.json", json.dumps({"state": state, **details}, indent=2) + "\n")
 
     def read_json(self, name: str) -> Any | None:
-        """A JSON file that the run wrote; None where there is none."""
-        path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """A JSON file that the run wrote; None where there is none that can be read."""
+        try:
+            return read_json(self.path / name, Any)
+        except DataError:
+            return None
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".part")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
+        """Write a text file, whole or not at all."""
+        write_text(self.path / name, text)
 
 
-def _belongs(line: str, step: int, evaluate_again: bool) -> bool:
-    try:
-        values = json.loads(line)
-    except ValueError:
+def _belongs(line: bytes, step: int, evaluate_again: bool) -> bool:
+    values = metric(line)
+    if values is None or not line.endswith(b"\n"):
         return False
     again = evaluate_again and values["kind"] == "evaluation"
-    return bool(line.endswith("\n") and values["step"] <= step - again)
+    return bool(values["step"] <= step - again)
 
 
 def _clear(folder: Path) -> None:
-    """Remove all but status.json, which tells a run folder, also where this is interrupted."""
-    for entry in folder.iterdir():
+    """Remove what a run made, but for status.json: it tells a run folder, also where this is interrupted."""
+    for entry in (folder / name for name in (*_FILES, *_FOLDERS)):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name != "status.json":
-            entry.unlink()
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, Any]:

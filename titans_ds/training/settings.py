@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from titans_ds.config import GraftConfig, LoraSettings, Order, check_choices, check_trainable
+from titans_ds.config import GraftConfig, LoraSettings, Order, check_choices
 from titans_ds.errors import ConfigError
-from titans_ds.memory.graphed import Choice as MemoryGraphsChoice
-from titans_ds.training.compiled import Compile
-from titans_ds.training.loss import LossKernel, check_kernel
-from titans_ds.training.segments import Layout, Reset
+from titans_ds.graft.quantized import check_name
+from titans_ds.memory.graphs import Choice as MemoryGraphsChoice
+from titans_ds.training.data.segments import Layout, Reset
+from titans_ds.training.speed.compiled import Compile
+from titans_ds.training.speed.loss import LossKernel, check_kernel
+from titans_ds.training.trackers import check_names
 
 SecondOrder = Literal["auto", "two_phase", "window", "through_base"]
 ONE_GRAPH = ("window", "through_base")
+_MAX_LANES = 65_536
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class ModelSettings:
         tokenizer: folder, hub id or tokenizer.json file of the tokenizer; the one of `base` where not given.
         dtype: of the base model, and of the arithmetic. Fast weights and optimizer are fp32 always.
         trainable: `memory` trains the graft alone on a frozen base; `all` trains everything.
+        quantization: store the linear maps of a pretrained, frozen base in fewer bits: `none`, `bnb-4bit` (nf4) or
+            `bnb-8bit`, of bitsandbytes; `torchao-int8`. A base that is stored so already needs no name here.
+        quantization_options: fields of transformers' BitsAndBytesConfig, or of torchao's Int8WeightOnlyConfig.
         attn_implementation: passed to transformers.
         trust_remote_code: run code that comes with the checkpoint. Off, unless you have read that code.
         allow_pickle: also load weights that are not safetensors. A pickle can run any code: only from who you trust.
@@ -37,18 +43,35 @@ class ModelSettings:
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     trainable: Literal["memory", "all"] = "memory"
+    quantization: str = "none"
+    quantization_options: dict[str, Any] | None = None
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         _check(self, "model")
+        _require(self.base != "", "model.base is empty; is a variable of your shell unset?")
         given = [self.base is not None, self.architecture is not None]
         _require(sum(given) == 1, "set either model.base (pretrained) or model.architecture (random weights), not both")
         architecture = self.architecture
         _require(
             architecture is None or isinstance(architecture.get("model_type"), str),
             "model.architecture needs a model_type, such as 'qwen3_5_text'",
+        )
+        check_name(self.quantization)
+        quantized = f"model.quantization is {self.quantization!r}, but"
+        _require(
+            self.quantization == "none" or self.base is not None,
+            f"{quantized} model.architecture makes random weights; give model.base, or set it to 'none'",
+        )
+        _require(
+            self.quantization == "none" or self.trainable == "memory",
+            f"{quantized} model.trainable is 'all', and weights of few bits don't learn; set one of the two otherwise",
+        )
+        _require(
+            self.quantization != "none" or not self.quantization_options,
+            "model.quantization_options are set, but model.quantization is 'none'; name a form, or leave them out",
         )
 
 
@@ -78,6 +101,11 @@ class DataSettings:
         _check(self, "data")
         _require(bool(self.corpus), "data.corpus is not set; give a packed corpus, or a corpus folder of parquet files")
         _at_least(self, "data", num_lanes=1, segment_tokens=2)
+        _require(self.num_lanes <= 65_536, f"data.num_lanes is {self.num_lanes}; it must be 65,536 or less")
+        _require(
+            self.num_lanes <= _MAX_LANES,
+            f"data.num_lanes is {self.num_lanes}; it must be {_MAX_LANES} or less: so many texts are read side by side",
+        )
         _require(
             self.reset == "repository" or self.layout == "files",
             "data.reset is 'file', but data.layout 'repository' has no files apart; set data.layout to 'files'",
@@ -119,21 +147,21 @@ class TrainingSettings:
 
     Args:
         steps: optimizer steps.
-        order: `first` detaches states between segments (one backward each); with `second` the loss differentiates
-            through the writes of a window of segments.
+        order: with `second` the loss differentiates through the writes of a window of segments, so that what is written
+            is learned; `first` detaches states between segments, and parts that act through writes alone stay as they
+            start. A base model without memory knows no orders.
         second_order: how. `two_phase`: one backward a segment, then one through the writes, done again; the same
             gradient as `window`, one graph over all segments, at about the memory of first order. `through_base`: one
             graph, and writes see attached hidden states, so that what made them learns what to write. `auto`:
-            two_phase, but through_base for graft.injection `prefix` (where `window` takes the inner gradient as given).
+            two_phase, but through_base for a prefix memory (where `window` takes the inner gradient as given).
         write_backward: how second order goes back through a write: `derived`, by hand, keeping what it wrote and not
-            how; or `autograd`, through the graph of the inner step. titans_ds.memory.write_function says which rules
-            have the first; the others take the second.
+            how; or `autograd`, through the graph of the inner step. titans_ds/memory/mlp/write_function.py says which
+            rules have the first; the others take the second.
         window: segments of every lane in a window.
         accumulation: windows in an optimizer step. Accumulation runs along time, in the same lanes.
         checkpointing: recompute the base model's activations in backward (non-reentrant).
         offload_activations: keep activations in host memory (pinned, for a GPU) until backward; with checkpointing, the
             layers' inputs.
-        reentrant: refused; here to say so.
         loss_chunk_tokens: tokens whose logits exist at a time.
         loss_kernel: how the loss is made: `liger`, with Liger's kernel where the language-model head is frozen and
             whole on every rank (not under ZeRO-3; otherwise like `chunked`); `chunked`, in plain PyTorch; `auto`: liger
@@ -142,7 +170,7 @@ class TrainingSettings:
             ZeRO-3, and not through_base, which needs second derivatives.
         memory_graphs: replay what a memory computes as CUDA graphs, a forward and a backward one: `auto`, where it is
             chunked and runs on a GPU; `on`, every memory, and an error where there are no graphs (on a CPU, under
-            ZeRO-3); or `off`. A graph's backward computes the forward again. See docs/kernels.md.
+            ZeRO-3); or `off`. A graph's backward computes the forward again. See docs/cuda_graphs.md.
         layer_graphs: replay the layers that learn nothing and have no memory as CUDA graphs, for a GPU that waits for
             its processor. With a frozen base, one segment in a graph, on a GPU, not under ZeRO-3; activations stay in
             the graphs. See docs/frozen_step.md.
@@ -152,14 +180,13 @@ class TrainingSettings:
     """
 
     steps: int = 1000
-    order: Order = "first"
+    order: Order = "second"
     second_order: SecondOrder = "auto"
     write_backward: Literal["derived", "autograd"] = "derived"
-    window: int = 1
+    window: int = 4
     accumulation: int = 1
     checkpointing: bool = False
     offload_activations: bool = False
-    reentrant: bool = False
     loss_chunk_tokens: int = 1024
     loss_kernel: LossKernel = "auto"
     compile: Compile = "none"
@@ -171,19 +198,13 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         _check(self, "training")
-        _at_least(
-            self, "training", steps=1, window=1, accumulation=1, loss_chunk_tokens=1, log_interval=1, nonfinite_limit=1
-        )
+        _at_least(self, "training", steps=1, window=1, accumulation=1, loss_chunk_tokens=1)
+        _at_least(self, "training", log_interval=1, nonfinite_limit=1, seed=0)
         check_kernel(self.loss_kernel)
         _require(
-            not self.reentrant,
-            "training.reentrant is on; reentrant checkpointing gives wrong or missing gradients through a memory write "
-            "(silently at second order). Leave it off: training.checkpointing is non-reentrant",
-        )
-        _require(
             self.order == "first" or self.window >= 2,
-            "training.order is 'second', but training.window is 1: no read follows a write in a window of one segment, "
-            "so the loss can't differentiate through it. Set training.window to 2 or more",
+            "training.order is 'second', but training.window is 1: no segment follows another's writes in it. Set "
+            "training.window to 2 or more, or training.order to 'first'",
         )
 
     @property
@@ -208,7 +229,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Held-out evaluation: loss with memory, ablated, and with another repository's memory.
+    """Held-out evaluation: loss with a repository's own memory, another's, an empty one, and with memory ablated.
 
     Args:
         interval: steps between evaluations; there is one at the end, too. 0 switches evaluation off.
@@ -216,6 +237,8 @@ class EvaluationSettings:
         repositories: how many of them, drawn by training.seed.
         max_segments: of each repository, from its start.
         group_size: repositories in a batch, each other's wrong memory; the same whatever the number of ranks.
+        segment_writes: a segment's tokens write while they are read, whatever state it started from, as in training;
+            false only reads, as `generate` does.
     """
 
     interval: int = 500
@@ -223,6 +246,7 @@ class EvaluationSettings:
     repositories: int = 64
     max_segments: int = 8
     group_size: int = 4
+    segment_writes: bool = True
 
     def __post_init__(self) -> None:
         _check(self, "evaluation")
@@ -253,7 +277,9 @@ class RunSettings:
     Args:
         dir: run folder; runs/NAME of the config file where not given.
         overwrite: replace a run that is there.
-        tensorboard: write TensorBoard events beside metrics.jsonl.
+        trackers: where metrics go beside metrics.jsonl: accelerate's trackers, by name (tensorboard, wandb, mlflow,
+            trackio, comet_ml, aim, clearml, dvclive, swanlab).
+        project: that the run belongs to in a tracker that has projects.
         resume: `auto` goes on from the newest whole checkpoint of the run folder, if there is one; `none` starts a new
             run; or the folder of a checkpoint or run to go on from.
         trust_checkpoint: also load pickles from outside the run folder. A pickle can run any code: only from who you
@@ -263,13 +289,15 @@ class RunSettings:
 
     dir: str | None = None
     overwrite: bool = False
-    tensorboard: bool = True
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    project: str = "titans-ds"
     resume: str = "none"
     trust_checkpoint: bool = False
     check_memory: bool = True
 
     def __post_init__(self) -> None:
         _check(self, "run")
+        check_names(self.trackers)
 
 
 @dataclass(frozen=True)
@@ -291,7 +319,7 @@ class TrainConfig:
 
     model: ModelSettings
     data: DataSettings
-    graft: GraftConfig | None = None
+    graft: GraftConfig | None = field(default_factory=GraftConfig)
     lora: LoraSettings | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -313,44 +341,37 @@ class TrainConfig:
             self.graft is None or self.data.layout == "files",
             "data.layout is 'repository', where a segment may hold several files; a memory needs data.layout 'files'",
         )
-        _require(
-            self.graft is not None or self.training.order == "first",
-            "training.order is 'second', but there is no memory to go through. Set graft, or the order 'first'",
-        )
-        if self.graft is not None:
-            check_trainable(self.graft, self.training.order)
-            self._check_second_order(self.graft.injection)
-            self._check_compile(self.graft.injection)
+        prefix = self.graft is not None and self.graft.is_prefix
+        self._check_second_order(prefix)
+        if self.graft is None:
+            object.__setattr__(self, "training", replace(self.training, order="first"))
+        elif prefix and self.training.second_order == "auto":
+            object.__setattr__(self, "training", replace(self.training, second_order="through_base"))
+        self._check_compile(prefix)
         if self.training.layer_graphs:
             self._check_layer_graphs()
 
-    def _check_second_order(self, injection: str) -> None:
-        if self.training.order == "first" or injection != "prefix":
-            return
-        chosen = self.training.second_order
+    def _check_second_order(self, prefix: bool) -> None:
         _require(
-            chosen != "two_phase",
-            "training.second_order is 'two_phase', but graft.injection 'prefix' is written through the base model; set "
+            not prefix or self.training.order == "first" or self.training.second_order != "two_phase",
+            "training.second_order is 'two_phase', but a prefix memory is written through the base model; set "
             "training.second_order to 'through_base', or to 'window', which takes the inner gradient as given",
         )
-        if chosen == "auto":
-            object.__setattr__(self, "training", replace(self.training, second_order="through_base"))
 
-    def _check_compile(self, injection: str) -> None:
-        through_base = injection == "prefix" or self.training.scheme == "through_base"
+    def _check_compile(self, prefix: bool) -> None:
+        through_base = prefix or self.training.scheme == "through_base"
         _require(
             self.training.compile == "none" or not through_base,
             f"training.compile is {self.training.compile!r}, but the memory is written through the base model, and a "
-            "compiled layer has no second derivatives; set training.compile to 'none' (or neither graft.injection to "
-            "'prefix' nor training.second_order to 'through_base')",
+            "compiled layer has no second derivatives; set training.compile to 'none'",
         )
 
     def _check_layer_graphs(self) -> None:
         """A layer's activations lie in its graph, until the next segment comes."""
         training = self.training
-        prefix = self.graft is not None and self.graft.injection == "prefix"
+        prefix = self.graft is not None and self.graft.is_prefix
         reasons = {
-            "graft.injection is 'prefix', which is written through the base model's second derivatives": prefix,
+            "a prefix memory is written through the base model's second derivatives": prefix,
             "model.trainable is 'all', so that no layer is frozen": self.model.trainable == "all",
             "training.checkpointing is on, which keeps no activations": training.checkpointing,
             "training.offload_activations is on, and a graph's activations can't leave the GPU": (
@@ -366,11 +387,6 @@ class TrainConfig:
     def segment_tokens(self) -> int:
         """T: tokens of a segment."""
         return self.data.segment_tokens if self.graft is None else self.graft.segment_tokens
-
-    @property
-    def segments_per_step(self) -> int:
-        """Segments of every lane in an optimizer step."""
-        return self.training.window * self.training.accumulation
 
     @property
     def backwards_per_step(self) -> int:

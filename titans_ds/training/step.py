@@ -15,12 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from titans_ds.memory import MemoryState, Tape
+from titans_ds.memory import WRITE, MemoryState, Pass, SegmentTrace
+from titans_ds.training.data.lanes import Step
 from titans_ds.training.engine import Engine
-from titans_ds.training.lanes import Step
-from titans_ds.training.module import Mode, Outputs, States, Window, detach, run_segment
-from titans_ds.training.offload import OffloadActivations
+from titans_ds.training.module import Outputs, States, Window, detach, run_segment
 from titans_ds.training.settings import ONE_GRAPH, TrainingSettings
+from titans_ds.training.speed.offload import OffloadActivations
 
 
 class Source(Protocol):
@@ -69,7 +69,7 @@ def run_passes(
     carried: Carried,
     settings: TrainingSettings,
     world_size: int,
-    mode: Mode = Mode(),  # noqa: B008 (frozen)
+    plan: Pass = WRITE,
 ) -> Passes:
     """Forward and backward of one optimizer step; gradients are left in the engine.
 
@@ -79,22 +79,45 @@ def run_passes(
         carried: states from the step before; see `commit`.
         settings: order, window, accumulation.
         world_size: number of ranks.
-        mode: of every forward pass; the order decides about the graph of the writes.
+        plan: of every forward pass; the settings decide about the graph of the writes.
+    """
+    windows = [[lanes.next() for _ in range(settings.window)] for _ in range(settings.accumulation)]
+    _restart_rows(windows[0][0], carried)
+    targets = sum(step.total_targets for window in windows for step in window)
+    return run_windows(engine, windows, carried, settings, world_size, targets, plan)
+
+
+def run_windows(
+    engine: Engine,
+    windows: list[list[Step]],
+    carried: Carried,
+    settings: TrainingSettings,
+    world_size: int,
+    targets: int,
+    plan: Pass = WRITE,
+) -> Passes:
+    """`run_passes` of segments that are at hand.
+
+    Args:
+        engine: runs the module.
+        windows: of segments, in order.
+        carried: states from the step before.
+        settings: order.
+        world_size: number of ranks.
+        targets: target tokens of the whole optimizer step, over all ranks.
+        plan: as of `run_passes`.
     """
     scheme = settings.scheme
-    mode = dataclasses.replace(
-        mode,
+    plan = dataclasses.replace(
+        plan,
         graph=scheme in ONE_GRAPH,
         through_base=scheme == "through_base",
         derived=settings.write_backward == "derived",
     )
-    windows = [[lanes.next() for _ in range(settings.window)] for _ in range(settings.accumulation)]
-    _restart_rows(windows[0][0], carried)
-    targets = sum(step.total_targets for window in windows for step in window)
     passes = Passes(torch.zeros((), device=engine.device), targets, carried.state)
     for number, window in enumerate(windows):
         last = number == len(windows) - 1
-        part = _Part(engine, window, passes, world_size / targets, last, mode, settings.offload_activations)
+        part = _Part(engine, window, passes, world_size / targets, last, plan, settings.offload_activations)
         _WINDOWS[scheme](part)
     return passes
 
@@ -125,17 +148,17 @@ class _Part:
     passes: Passes
     scale: float
     last: bool
-    mode: Mode
+    plan: Pass
     offload: bool
 
     def keeping(self) -> contextlib.AbstractContextManager[object]:
         """The context of forward passes: where the graph keeps its tensors."""
         return OffloadActivations(self.engine.module) if self.offload else contextlib.nullcontext()
 
-    def forward(self, step: Step, tape: Tape | None = None) -> Outputs:
+    def forward(self, step: Step, trace: SegmentTrace | None = None) -> Outputs:
         """One segment, from the state so far to the next."""
         with self.keeping():
-            outputs = run_segment(self.engine, step.batch, self.passes.state, self.mode, tape)
+            outputs = run_segment(self.engine, step.batch, self.passes.state, self.plan, trace)
         _note(self.passes, step, outputs)
         self.passes.state = outputs.state
         return outputs
@@ -149,7 +172,7 @@ def _first_order(part: _Part) -> None:
 
 
 def _one_graph(part: _Part) -> None:
-    """Second order, one backward pass through the window; with mode.through_base through the base model, too."""
+    """Second order, one backward pass through the window; with plan.through_base through the base model, too."""
     loss = torch.zeros((), device=part.engine.device)
     for step in part.window:
         loss = loss + part.forward(step).loss_sum
@@ -158,15 +181,15 @@ def _one_graph(part: _Part) -> None:
 
 
 def _two_phase(part: _Part) -> None:
-    """Second order, one backward pass a segment and one through the writes: see titans_ds.memory.replay."""
-    start, tapes = part.passes.state, [Tape() for _ in part.window]
-    for step, tape in zip(part.window, tapes, strict=True):
-        part.engine.backward(part.forward(step, tape).loss_sum * part.scale, last=False)
+    """Second order, one backward pass a segment and one through the writes: see titans_ds.memory.interface."""
+    start, traces = part.passes.state, [SegmentTrace() for _ in part.window]
+    for step, trace in zip(part.window, traces, strict=True):
+        part.engine.backward(part.forward(step, trace).loss_sum * part.scale, last=False)
         part.passes.state = detach(part.passes.state or {})
         if part.offload:
-            tape.to_host()
+            trace.to_host()
     with part.keeping():
-        through_writes = part.engine(Window(tapes, start, part.mode.derived))
+        through_writes = part.engine(Window(traces, start, part.plan))
     part.engine.backward(through_writes, last=part.last)
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from titans_ds.errors import ConfigError
+from titans_ds.reading import read_settings
+from titans_ds.validation import nearest, shown
+from titans_ds.zero.engine import import_deepspeed
 
 # What the run's settings decide; in the file these may only be absent, "auto", or the same.
 _OWNED = (
@@ -24,34 +27,91 @@ _REFUSED = {
     "amp": "precision comes from model.dtype (float32 or bfloat16)",
     "activation_checkpointing": "checkpointing comes from training.checkpointing",
 }
+_KNOWN = (
+    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op",
+    "disable_allgather", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown",
+    "memory_breakdown", "dump_state", "log_level",
+)  # fmt: skip
+# Sections and their keys; of those without any here DeepSpeed checks the keys itself.
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    "zero_optimization": (),
+    "timers": (),
+    "compile": (),
+    "aio": (
+        "block_size", "queue_depth", "intra_op_parallelism", "thread_count", "single_submit", "overlap_events",
+        "use_gds",
+    ),
+    "checkpoint": ("tag_validation", "load_universal", "use_node_local_storage", "parallel_write", "writer"),
+    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+    "comms_logger": ("enabled", "verbose", "prof_all", "debug", "prof_ops"),
+    "flops_profiler": (
+        "enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file",
+    ),
+}  # fmt: skip
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """A DeepSpeed configuration file.
 
     Raises:
-        ConfigError: it is missing, not JSON, or sets what the run's own settings decide.
+        DataError: it is missing, or no JSON object, or has a key twice.
+        ConfigError: it has an unknown key, or sets what the run's own settings decide.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"the DeepSpeed configuration {file} does not exist; try ds_configs/zero2.json")
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"the DeepSpeed configuration {file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"the DeepSpeed configuration {file} must be a JSON object")
-    for key, reason in _REFUSED.items():
-        if key in config:
-            raise ConfigError(f"{file} sets {key!r}, but {reason}; take it out of the file")
+    config = read_settings(file, "A DeepSpeed configuration is a JSON object, as those in ds_configs are.")
+    for key, value in config.items():
+        if key in _REFUSED:
+            raise ConfigError(f"{file} sets {key!r}, but {_REFUSED[key]}; take it out of the file")
+        if key not in (*_OWNED, *_KNOWN, *_SECTIONS):
+            near = nearest(key, (*_KNOWN, *_SECTIONS))
+            raise ConfigError(f"{file} sets {shown(key)}, which is nothing that a run takes from this file{near}")
+        if value is None or (key in _SECTIONS and not isinstance(value, dict)):
+            expected = "an object of settings" if key in _SECTIONS else "a value"
+            raise ConfigError(
+                f"{file} sets {key!r} to {json.dumps(value)[:60]}; expected {expected}. Leave it out for "
+                "DeepSpeed's default"
+            )
+        for name in _SECTIONS.get(key, ()) and value:
+            if name not in _SECTIONS[key]:
+                raise ConfigError(f"{file} sets {key}.{name}, which is unknown{nearest(name, _SECTIONS[key])}")
+    _check_zero(config.get("zero_optimization", {}), file)
     return config
+
+
+def _check_zero(section: dict[str, Any], file: Path) -> None:
+    """Let DeepSpeed check the section that it knows, and put its first complaint into one line."""
+    import_deepspeed()
+    from deepspeed.runtime.zero import config as deepspeed_config
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    models = {
+        (): deepspeed_config.DeepSpeedZeroConfig,
+        ("offload_optimizer",): DeepSpeedZeroOffloadOptimizerConfig,
+        ("offload_param",): DeepSpeedZeroOffloadParamConfig,
+    }
+    try:
+        models[()](**section)
+    except ValueError as error:
+        complaints: list[dict[str, Any]] = getattr(error, "errors", list)()  # pydantic's
+        if not complaints:
+            raise ConfigError(f"{file}: zero_optimization can't be used: {str(error)[:300]}") from error
+        first = complaints[0]
+        name = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        if first["type"] != "extra_forbidden":
+            raise ConfigError(f"{file} sets {name} to {json.dumps(first['input'])[:60]}: {first['msg']}") from error
+        fields = models[tuple(first["loc"][:-1])].model_fields
+        near = nearest(first["loc"][-1], [field.alias or own for own, field in fields.items()])
+        raise ConfigError(f"{file} sets {name}, which DeepSpeed does not know{near}") from error
 
 
 def zero_stage(config: dict[str, Any]) -> int:
     """The ZeRO stage, 0 to 3. Raises ConfigError for any other value."""
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage is {shown(stage)}; it must be 0, 1, 2 or 3")
     return int(stage)
 
 
@@ -89,8 +149,8 @@ def complete_config(
     for key in _OWNED:
         if config.get(key, "auto") not in ("auto", ours[key]):
             raise ConfigError(
-                f"the DeepSpeed configuration sets {key} to {config[key]}, the run's settings make it {ours[key]}; "
-                'take it out, or write "auto"'
+                f"the DeepSpeed configuration sets {key} to {shown(config[key])}, the run's settings make "
+                f'it {ours[key]}; take it out, or write "auto"'
             )
     defaults = {
         "zero_allow_untested_optimizer": True,

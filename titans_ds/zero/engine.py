@@ -21,6 +21,7 @@ from titans_ds.zero import slurm
 from titans_ds.zero.adamw import SkippableAdamW
 from titans_ds.zero.gathering import mark_whole, prefetch_whole
 from titans_ds.zero.heartbeat import start_heartbeat
+from titans_ds.zero.launcher import watch_launcher
 from titans_ds.zero.ports import free_port
 from titans_ds.zero.start_errors import check_mpi, explain
 
@@ -30,7 +31,7 @@ _TIMEOUT = timedelta(hours=2)  # rank 0 may pack a corpus while the others wait
 
 
 def start_ranks(timeout: timedelta = _TIMEOUT) -> None:
-    """Start torch.distributed through DeepSpeed: under any launcher, or for this process alone.
+    """Start torch.distributed through DeepSpeed: for this process alone, or under a launcher, with which the rank ends.
 
     Args:
         timeout: of the start, and of every collective.
@@ -42,6 +43,8 @@ def start_ranks(timeout: timedelta = _TIMEOUT) -> None:
     deepspeed = import_deepspeed()
     if slurm.under_srun():
         os.environ.update(slurm.place())
+    if any(name in os.environ for name in _LOCAL_SIZES):
+        watch_launcher()
     if "RANK" not in os.environ and _under_mpi():
         check_mpi()
     elif "RANK" not in os.environ:
@@ -107,8 +110,6 @@ class DeepSpeedEngine(Generic[Module]):
         if zero.get("stage") == 3:
             config = {**config, "zero_optimization": prefetch_whole(zero, mark_whole(module))}
         self._engine = import_deepspeed().initialize(model=module, optimizer=cast(Any, optimizer), config=config)[0]
-        offloaded = zero.get("offload_optimizer") or {}
-        self._offloaded = offloaded.get("device", "none") != "none"
 
     @property
     def module(self) -> Module:
@@ -129,13 +130,8 @@ class DeepSpeedEngine(Generic[Module]):
         return self._engine(*inputs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a loss; DeepSpeed averages over ranks, and must not divide by the number of passes."""
-        # At stage 0 it does divide where the loss is itself an output of the module; a product is none.
-        self._engine.backward(loss * 1, scale_wrt_gas=False)
-        if not last:
-            self._engine.step()  # counts the pass; parameters change at the last one only
-        elif self._offloaded:  # it has handed over only those parameters whose gradient came with the last pass
-            self._engine.optimizer.finalize_gradient_accumulation_boundary()
+        """Add the gradients of a loss; see `backward`."""
+        backward(self._engine, loss, last)
 
     def gradients(self, names: list[str]) -> dict[str, Tensor | None]:
         """Whole gradients, fp32."""
@@ -201,6 +197,24 @@ class DeepSpeedEngine(Generic[Module]):
         from titans_ds.zero import checkpoint
 
         checkpoint.load(self._engine, folder, universal)
+
+
+def backward(engine: Any, loss: Tensor, last: bool) -> None:
+    """Add the gradients of a loss in DeepSpeed's engine, which averages over ranks, and must not divide by the passes.
+
+    Args:
+        engine: of deepspeed.initialize.
+        loss: a scalar.
+        last: before the step of the optimizer, which the caller takes.
+    """
+    # At stage 0 it does divide where the loss is itself an output of the module; a product is none.
+    engine.backward(loss * 1, scale_wrt_gas=False)
+    offloaded = engine.zero_offload_optimizer()
+    if not last:
+        engine.step()  # counts the pass; parameters change at the last one only
+    elif offloaded is not None and offloaded.device != "none":
+        # It has handed over only those parameters whose gradient came with the last pass.
+        engine.optimizer.finalize_gradient_accumulation_boundary()
 
 
 def restore_linear() -> None:

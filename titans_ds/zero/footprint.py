@@ -21,9 +21,12 @@ and collectives against engines that ran.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from titans_ds.errors import ConfigError
 
 GIB = 1 << 30
+FOUR_BITS = 4 / 8 + 4 / 64  # bytes of a value, with an fp32 scale for every 64
 _ACTIVATIONS = 34  # values of hidden size that a transformer layer keeps for its backward, a token
 _CONTEXT = GIB  # of the accelerator's runtime, and of NCCL
 _GATHERED = 10**9  # DeepSpeed's stage3_max_live_parameters
@@ -44,6 +47,7 @@ class Model:
         below: L, of the parameters those that no backward pass goes through: embedding and layers under the lowest
             memory of a frozen base. 0 gives an upper bound.
         cut: values of a tensor that lie beyond the border of a rank's share of T.
+        linear: of the frozen parameters, those in linear maps, the language-modelling head aside.
     """
 
     parameters: int
@@ -55,6 +59,7 @@ class Model:
     state_bytes: int = 0
     below: int = 0
     cut: int = 0
+    linear: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,11 @@ class Setup:
         checkpointing: activations are recomputed in the backward pass.
         bucket: elements of a buffer for reduction (DeepSpeed's reduce_bucket_size).
         loss_chunk_tokens: tokens whose logits exist at a time.
-        offload_optimizer: it is in host memory.
+        segments_in_graph: segments whose activations live at once: the window, where it is one graph.
+        layer_graphs: inputs, outputs and their gradients of frozen layers have places of their own.
+        offload_activations: they wait in host memory, but for the layer at work.
+        offload_optimizer, offload_parameters: they are in host memory, or on disk.
+        linear_bytes: of a value of the frozen linear maps, where they are quantised; 0: as of every other value.
     """
 
     stage: int
@@ -83,7 +92,12 @@ class Setup:
     checkpointing: bool = True
     bucket: int = 500_000_000
     loss_chunk_tokens: int = 1024
+    segments_in_graph: int = 1
+    layer_graphs: bool = False
+    offload_activations: bool = False
     offload_optimizer: bool = False
+    offload_parameters: bool = False
+    linear_bytes: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -113,9 +127,12 @@ class Machine:
 
 
 def parameter_bytes(model: Model, setup: Setup) -> float:
-    """Of the parameters held between passes on one rank."""
+    """Of the parameters held between passes on one rank, on the accelerator."""
+    if setup.offload_parameters:
+        return 0
     if setup.stage < 3:
-        return model.parameters * setup.value_bytes
+        saved = model.linear * (setup.value_bytes - setup.linear_bytes) if setup.linear_bytes else 0
+        return model.parameters * setup.value_bytes - saved
     small = model.small if setup.ranks > 1 else 0
     return (model.parameters / setup.ranks + small) * setup.value_bytes
 
@@ -145,10 +162,13 @@ def working_bytes(model: Model, setup: Setup) -> float:
 
 
 def activation_bytes(model: Model, setup: Setup) -> float:
-    """Of one segment's activations and logits. Rough: within a factor, not a percentage."""
-    kept = model.layers + _ACTIVATIONS if setup.checkpointing else model.layers * _ACTIVATIONS
-    logits = 3 * min(setup.loss_chunk_tokens, setup.tokens) * model.vocab * 4
-    return setup.tokens * model.hidden * kept * setup.value_bytes + logits
+    """Of the activations and logits that live at once. Rough: within a factor, not a percentage."""
+    tokens, of_a_layer = setup.tokens * setup.segments_in_graph, _ACTIVATIONS + 4 * setup.layer_graphs
+    kept = model.layers + _ACTIVATIONS if setup.checkpointing else model.layers * of_a_layer
+    if setup.offload_activations:  # what one layer works on stays
+        tokens, kept = setup.tokens, _ACTIVATIONS
+    logits = 3 * min(setup.loss_chunk_tokens, tokens) * model.vocab * 4  # fp32: logits, their softmax, their gradient
+    return tokens * model.hidden * kept * setup.value_bytes + logits
 
 
 def state_bytes(model: Model, setup: Setup) -> float:
@@ -163,6 +183,36 @@ def total_bytes(model: Model, setup: Setup) -> float:
     """Peak of one rank."""
     parts = (parameter_bytes, gradient_bytes, optimizer_bytes, working_bytes, activation_bytes, state_bytes)
     return sum(part(model, setup) for part in parts) + _CONTEXT
+
+
+def check_fits(model: Model, setup: Setup, available: int) -> None:
+    """Raise ConfigError, naming what would fit, where the estimate is above `available` bytes of an accelerator."""
+    needed = total_bytes(model, setup)
+    if needed <= available:
+        return
+    # Changes to the settings, the mildest first. Recomputing and offloading don't go with graphs of layers.
+    without_graphs = replace(setup, layer_graphs=False)
+    off = "training.layer_graphs false and " * setup.layer_graphs
+    small = replace(without_graphs, checkpointing=True, lanes=1)
+    changes = {
+        f"{off}training.checkpointing true": replace(without_graphs, checkpointing=True),
+        f"{off}training.offload_activations true": replace(without_graphs, offload_activations=True),
+        f"data.num_lanes {setup.ranks}": replace(setup, lanes=1),
+        f"{off}training.checkpointing true and data.num_lanes {setup.ranks}": small,
+    }
+    if not setup.linear_bytes:  # what is quantised is not partitioned
+        offloaded = replace(small, stage=3, offload_optimizer=True, offload_parameters=True)
+        changes["ds_configs/zero3.json with that"] = replace(small, stage=3)
+        changes["ds_configs/zero3_offload_cpu.json with that"] = offloaded
+    if model.linear and setup.stage < 3:
+        changes["model.quantization bnb-4bit with that"] = replace(small, linear_bytes=FOUR_BITS)
+    sizes = {name: total_bytes(model, changed) for name, changed in changes.items() if changed != setup}
+    ways = [f"{name} (about {size / GIB:.1f} GiB)" for name, size in sizes.items() if size <= available]
+    advice = f"What would fit: {'; '.join(ways)}" if ways else "Nothing that was tried fits; take a larger accelerator"
+    raise ConfigError(
+        f"the run needs about {needed / GIB:.1f} GiB on each accelerator, and {available / GIB:.1f} GiB are there. "
+        f"{advice}. To run it all the same, set run.check_memory to false"
+    )
 
 
 def collective_bytes(model: Model, setup: Setup) -> dict[str, float]:

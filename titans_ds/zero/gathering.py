@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from titans_ds.memory.parts import MemoryParts
+from titans_ds.memory import LayerMemory
 
 _PREFETCH = 50_000_000  # DeepSpeed's own
 
@@ -40,8 +40,9 @@ def prefetch_whole(zero: dict[str, Any], leaves: list[nn.Module]) -> dict[str, A
 
 
 def whole_numel(parameter: nn.Parameter) -> int:
-    """Of the whole parameter, also of one that was partitioned when it was loaded."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    """Of the whole parameter, also of one that was partitioned when it was loaded, or packed two in a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return int(getattr(parameter, "ds_numel", parameter.numel()) if packed is None else packed.shape.numel())
 
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
@@ -57,4 +58,4 @@ def _plain(module: nn.Module) -> bool:
     """Several modules in one, nothing of which is trained, and no memory."""
     trained = any(p.requires_grad for p in module.parameters())
     inner = list(module.modules())
-    return len(inner) > 1 and not trained and not any(isinstance(m, MemoryParts) for m in inner)
+    return len(inner) > 1 and not trained and not any(isinstance(m, LayerMemory) for m in inner)

@@ -26,14 +26,17 @@ def place_nvme(config: dict[str, Any]) -> dict[str, Any]:
     return placed
 
 
-def check_checkpointable(config: dict[str, Any], interval: int) -> None:
-    """Raise ConfigError where checkpoints are wanted and the optimizer is on NVMe: DeepSpeed 0.19 loses its state."""
+def check_checkpointable(config: dict[str, Any], interval: int, resume: str) -> None:
+    """Raise ConfigError where the optimizer is on NVMe, and a checkpoint is to be written or to be gone on from.
+
+    DeepSpeed 0.19 neither saves nor restores its state there.
+    """
     section = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if interval and section.get("device") == "nvme":
+    if section.get("device") == "nvme" and (interval or resume != "none"):
         raise ConfigError(
             "DeepSpeed does not restore an optimizer that is offloaded to NVMe: a resumed run would go wrong. Offload "
             "the optimizer to cpu (ds_configs/zero3_offload_nvme_params.json keeps the parameters on NVMe), or set "
-            "checkpoint.interval to 0"
+            "checkpoint.interval to 0 and run.resume to none"
         )
 
 

@@ -1,0 +1,1 @@
+"""The passes of a corpus build: scan, duplicates, assembly in reading order, publication, cleaning."""

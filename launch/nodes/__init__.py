@@ -1,0 +1,1 @@
+"""What preflight finds on every node, and what it means."""

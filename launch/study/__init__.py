@@ -1,0 +1,1 @@
+"""A study of several memories: its settings, results and figures."""

@@ -1,0 +1,1 @@
+"""CUDA graphs: functions captured once and replayed, with the buffers that they share."""

@@ -1,0 +1,1 @@
+"""What a run is trained on: a packed corpus, cut in segments, handed out in lanes."""
