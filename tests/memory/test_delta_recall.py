@@ -53,7 +53,7 @@ def test_terms_add_up_to_state_and_reads(config: DeltaConfig) -> None:
     assert shares.shape == (ASKED, TOKENS)
     torch.testing.assert_close(shares.sum(1), torch.ones(ASKED).double(), rtol=1e-9, atol=1e-9)
     with torch.no_grad():
-        queries = memory._queries(asked, READ, None, None)[0]
+        queries = memory._queries(asked, None, READ, None, None)[0][0]
     torch.testing.assert_close(torch.stack(log.queries), queries)
 
 

@@ -218,6 +218,7 @@ class _Call:
     function: Function
     slices: Slices
     on_gradient: Callable[[Tensor], None] | None
+    known: Tensors
 
 
 class _Replayed(torch.autograd.Function):
@@ -229,7 +230,10 @@ class _Replayed(torch.autograd.Function):
         ctx.save_for_backward(*flat)
         ctx.set_materialize_grads(False)
         captured = call.captured
-        outputs = captured.forward(flat, call.function, call.slices)
+        if call.known.keys() >= set(captured.outputs):
+            outputs = tuple(call.known[n].detach() for n in captured.outputs)
+        else:
+            outputs = captured.forward(flat, call.function, call.slices)
         named = zip(captured.outputs, outputs, strict=True)
         ctx.mark_non_differentiable(*(t for n, t in named if n not in captured.differentiable))
         return outputs
@@ -267,6 +271,7 @@ class Graphs:
         held: Tensors,
         on_gradient: Callable[[Tensor], None] | None = None,
         slices: Slices = Slices(),
+        known: Tensors | None = None,
     ) -> Tensors | None:
         """The function's outputs; None where it has to be called without a graph.
 
@@ -277,6 +282,7 @@ class Graphs:
             given, held: its inputs, its parameters.
             on_gradient: takes the gradients of the function's intermediates.
             slices: replay the graphs of a part of the rows, one part after the other.
+            known: outputs of the same call, made before: where all of them are here, only the way back is replayed.
         """
         needs = frozenset(n for n, t in (given | held).items() if t.requires_grad and torch.is_grad_enabled())
         if on_gradient is not None and not needs:
@@ -289,7 +295,9 @@ class Graphs:
         # What gets no gradient must not look as if it did: an engine's hooks would wait for it, or meet none.
         flat = [t if n in captured.connected else t.detach() for n, t in (given | held).items()]
         if captured.differentiable:
-            outputs = _Replayed.apply(_Call(captured, function, slices, on_gradient), *flat)  # type: ignore[no-untyped-call]
+            outputs = _Replayed.apply(  # type: ignore[no-untyped-call]
+                _Call(captured, function, slices, on_gradient, known or {}), *flat
+            )
         else:
             with torch.no_grad():
                 outputs = captured.forward(flat, function, slices)

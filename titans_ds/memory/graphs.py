@@ -30,7 +30,8 @@ class Answer(NamedTuple):
     """What a memory's call gives.
 
     Args:
-        read: [B, T, H]; or [B, N, H] for N queries of MAC; or the surrogate [1] in the second phase of second order.
+        read: [B, T, H]; or [B, N, H] for N queries of MAC; or the surrogate [1] in the second phase of second order,
+            whose gradient alone counts: its value is left at 0 where the state after the call is known already.
         state: after the call.
         stats: each [B], where they are asked for: inner_loss_before, inner_loss_after, write_norm.
     """
@@ -198,11 +199,16 @@ class MemoryGraphs:
         key: Hashable = (plan, trace is not None, recorded is not None, memory.training, memory.graph_key)
         function = _function(memory, plan, state is None, trace)
         on_gradient = None if recorded is None else recorded.set_read_gradient
-        found = self._graphs.call(where, key, function, given, held, on_gradient, _slices(memory, hidden, given))
+        known = None
+        if trace is not None and trace.again and trace.after is not None:  # the surrogate's own value is not used
+            known = {"read": hidden.new_zeros(1, dtype=torch.promote_types(hidden.dtype, torch.float32))}
+            known |= {f"state.{name}": t for name, t in trace.after.items()}
+        slices = _slices(memory, hidden, given)
+        found = self._graphs.call(where, key, function, given, held, on_gradient, slices, known)
         if found is None:
             return None
         if recorded is not None:
-            recorded.queries = found.pop("asked")
+            recorded.queries, recorded.after = found.pop("asked"), _with_prefix(found, "state.")
         return Answer(found.pop("read"), _with_prefix(found, "state."), _with_prefix(found, "stats."))
 
     def _usable(self, memory: LayerMemory, hidden: Tensor, held: Tensors) -> Capture | None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from titans_ds.errors import ConfigError
+from titans_ds.memory.state import LayerState
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class LayerTrace:
         hidden: its hidden states [B, T, H], detached.
         queries: what was asked, [B, T, D] (or [B, N, D]), detached.
         read_gradient: g, as the reads [N, T, d]; None until the loss has gone back.
+        after: the state that the segment left; None where it is not kept.
         again: second phase: the segment is written again, and the answer is the surrogate <f_W(q), g> in place of the
             reads. First phase: reads are cut off from the writes, and leave their gradient here.
     """
@@ -92,6 +94,7 @@ class LayerTrace:
     hidden: Tensor
     queries: Tensor | None = None
     read_gradient: Tensor | None = None
+    after: LayerState | None = None
     again: bool = False
 
     def __post_init__(self) -> None:
@@ -122,7 +125,8 @@ class LayerTrace:
         return (read.to(dtype) * self.read_gradient.to(read.device, dtype)).sum().view(1)
 
     def to_host(self) -> None:
-        """Wait in host memory for the second phase."""
+        """Wait in host memory for the second phase, which then makes the state anew."""
+        self.after = None
         self.hidden = to_host(self.hidden)
         self.queries = None if self.queries is None else to_host(self.queries)
         self.read_gradient = None if self.read_gradient is None else to_host(self.read_gradient)

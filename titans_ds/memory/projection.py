@@ -1,17 +1,20 @@
-"""Between the model's width and the memory's: bias-free linear maps, frozen or learned, and heads side by side.
+"""Between the model's width and the memory's: bias-free linear maps, frozen or learned, heads side by side, norms.
 
 Legend of shape suffixes: B batch, T tokens, D memory dim, N batch x heads.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _NORM_EPS = 1e-6
+_TILE = 4096  # entries that a program of the kernels for unit rows has
 
 
 class Projection(nn.Module):
@@ -81,3 +84,57 @@ def merge_heads(x_NTD: Tensor, heads: int) -> Tensor:
 def rms_norm(x: Tensor, scale: Tensor | None = None) -> Tensor:
     """RMSNorm over the last dimension, in the dtype of x."""
     return F.rms_norm(x, x.shape[-1:], None if scale is None else scale.to(x.dtype), eps=_NORM_EPS)
+
+
+def unit_rows(x: Tensor, eps: float, triton: bool | None = None) -> Tensor:
+    """x / sqrt(|x|^2 + eps) of every row (the last dimension), computed in fp32 or wider, in the dtype of x.
+
+    Args:
+        x: [..., D].
+        eps: beside the sum of squares.
+        triton: by the kernel, or not; None: where there is a GPU and the dtype is bf16, fp16 or fp32.
+    """
+    if triton is None:
+        narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        triton = x.is_cuda and narrow and x.numel() > 0 and _usable()
+    if triton:
+        return cast(Tensor, _UnitRows.apply(x, eps))  # type: ignore[no-untyped-call]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return (x * torch.rsqrt(norm.square() + eps)).to(x.dtype)
+
+
+def _usable() -> bool:
+    return not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is not None
+
+
+class _UnitRows(torch.autograd.Function):
+    """(x [..., D], eps) -> rows of norm 1. Keeps x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        from titans_ds.memory.unit_rows_kernels import unit_forward
+
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        ctx.eps = eps
+        return _launch(unit_forward, (x, torch.empty_like(x)), eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None]:
+        from titans_ds.memory.unit_rows_kernels import unit_backward
+
+        (x,) = ctx.saved_tensors
+        return _launch(unit_backward, (x, d_y.contiguous(), torch.empty_like(x)), ctx.eps), None
+
+
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], eps: float) -> Tensor:
+    """Run the kernel over all rows; returns the last tensor, which it fills."""
+    out = tensors[-1]
+    width = out.shape[-1]
+    padded = 1 << (width - 1).bit_length()
+    rows, programs_rows = out.numel() // width, max(1, _TILE // padded)
+    grid = (-(-rows // programs_rows),)
+    kernel[grid](*tensors, rows, eps, D=width, DB=padded, ROWS=programs_rows, num_warps=4)
+    return out

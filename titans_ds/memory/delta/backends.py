@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from titans_ds.errors import ConfigError
-from titans_ds.memory.delta import chunkwise, naive
+from titans_ds.memory.delta import chunkwise, fla_backend, naive
 from titans_ds.memory.delta.config import DeltaConfig
 
 MAX_FLA_WIDTH = 256  # of a head: what fla's kernels hold on chip
@@ -34,8 +31,6 @@ def delta_rule(
     if name == "naive":
         return naive.delta_rule(*given)
     if name == "fla":
-        from titans_ds.memory.delta import fla_backend
-
         return fla_backend.delta_rule(*given)
     return chunkwise.delta_rule(*given)
 
@@ -61,11 +56,6 @@ def _why_not_fla(width: int, dtype: torch.dtype, device: torch.device) -> str | 
         return f"its kernels need a GPU, and this memory is on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"its kernels compute in bf16 or fp16, and this memory is in {str(dtype).removeprefix('torch.')}"
-    if not _installed():
+    if not fla_backend.installed():
         return "flash-linear-attention is not installed (pip install 'titans-ds[deltanet]')"
     return None
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("fla") is not None

@@ -120,14 +120,11 @@ class _DeltaRule(torch.autograd.Function):
         recalling, written = solve @ decays.from_start(k), solve @ v
         keys_to_end = decays.to_end(k)
         # Chunk after chunk: two products each.
-        starts, rows = [], []
+        states, u = q.new_empty(*q.shape[:2], *state.shape[1:]), torch.empty_like(v)
         for chunk in range(q.shape[1]):
-            narrow = state.to(dtype)
-            u = torch.baddbmm(written[:, chunk], recalling[:, chunk], narrow.mT, alpha=-1)
-            starts.append(narrow)
-            rows.append(u)
-            state = add_product(decays.whole(chunk, state), u.mT, keys_to_end[:, chunk])
-        states, u = torch.stack(starts, dim=1), torch.stack(rows, dim=1)
+            narrow = states[:, chunk].copy_(state)
+            torch.baddbmm(written[:, chunk], recalling[:, chunk], narrow.mT, alpha=-1, out=u[:, chunk])
+            state = add_product(decays.whole(chunk, state), u[:, chunk].mT, keys_to_end[:, chunk])
         reads = decays.from_start(q) @ states.mT + decays.between((q @ k.mT).tril()) @ u
         ctx.save_for_backward(q, k, v, step, log_keep, states, u, inverse.to(dtype))
         if not any(ctx.needs_input_grad[1:]):
@@ -152,16 +149,13 @@ class _DeltaRule(torch.autograd.Function):
         solve = inverse * step.unsqueeze(-2).to(dtype)
         of_reads = e.mT @ d_reads
         own, through = solve.mT @ of_reads, solve.mT @ keys_to_end
-        from_reads = d_reads.mT @ decays.from_start(q)
-        d_afters, d_recalled = [], []
+        d_after = torch.empty_like(states)
+        d_both = torch.cat([d_reads, torch.empty_like(d_reads)], dim=2)  # of the reads diag(G) Q S^T, and of P
+        d_p, asked = d_both[:, :, q.shape[2] :], torch.cat([decays.from_start(q), keys_from_start], dim=2)
         for chunk in reversed(range(chunks)):
-            narrow = d_state.to(dtype)
-            d_p = -torch.baddbmm(own[:, chunk], through[:, chunk], narrow.mT)
-            d_afters.append(narrow)
-            d_recalled.append(d_p)
-            d_state = decays.whole(chunk, d_state) + from_reads[:, chunk]
-            d_state = add_product(d_state, d_p.mT, keys_from_start[:, chunk])
-        d_after, d_p = torch.stack(d_afters[::-1], dim=1), torch.stack(d_recalled[::-1], dim=1)
+            narrow = d_after[:, chunk].copy_(d_state)
+            torch.baddbmm(own[:, chunk], through[:, chunk], narrow.mT, beta=-1, alpha=-1, out=d_p[:, chunk])
+            d_state = add_product(decays.whole(chunk, d_state), d_both[:, chunk].mT, asked[:, chunk])
         # Of all chunks at once: U = A^-1 diag(b) (V - P), and A = I + diag(b) tril(D * K K^T, -1).
         carried = keys_to_end @ d_after.mT
         d_right = inverse.mT @ (of_reads + carried)
@@ -194,6 +188,8 @@ def add_product(x_MDD: Tensor, left_MDC: Tensor, right_MCD: Tensor) -> Tensor:
     """x + left @ right; x is fp32 or wider, the factors may be narrower, and the sum keeps the width of x."""
     if x_MDD.dtype == left_MDC.dtype:
         return torch.baddbmm(x_MDD, left_MDC, right_MCD)
+    if x_MDD.is_cuda and x_MDD.dtype == torch.float32:
+        return torch.baddbmm(x_MDD, left_MDC, right_MCD, out_dtype=torch.float32)
     return x_MDD + torch.bmm(left_MDC, right_MCD)
 
 
@@ -212,10 +208,11 @@ def unit_lower_inverse(strict_XCC: Tensor) -> Tensor:
     eye = torch.eye(block, dtype=lower.dtype, device=lower.device)
     diagonal = _blocks(lower, block, 0) + eye
     inverse = torch.linalg.solve_triangular(diagonal, eye.expand_as(diagonal), upper=False, unitriangular=True)
+    negative = -lower
     while block < whole:
         pairs = torch.unflatten(inverse, 1, (-1, 2))
         first, second = pairs[:, :, 0], pairs[:, :, 1]
-        below = -second @ _blocks(lower, 2 * block, block)[..., :block] @ first
+        below = second @ _blocks(negative, 2 * block, block)[..., :block] @ first
         upper = torch.cat([first, torch.zeros_like(first)], dim=-1)
         inverse = torch.cat([upper, torch.cat([below, second], dim=-1)], dim=-2)
         block *= 2

@@ -5,10 +5,18 @@ fla keeps the transpose of S here, computes in bf16 or fp16 with fp32 accumulati
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import cast
 
 import torch
 from torch import Tensor
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether flash-linear-attention is."""
+    return importlib.util.find_spec("fla") is not None
 
 
 def delta_rule(

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from titans_ds.errors import ConfigError
 from titans_ds.memory.delta import backends
@@ -28,11 +30,12 @@ from titans_ds.memory.delta.config import DeltaConfig
 from titans_ds.memory.graphs import Answer, LayerMemory
 from titans_ds.memory.interface import Controls, LayerTrace, Pass
 from titans_ds.memory.positions import last_token, previous_positions, take
-from titans_ds.memory.projection import Projection
+from titans_ds.memory.projection import Projection, unit_rows
 from titans_ds.memory.state import LayerState, choose_rows
 
 _SEED_STRIDE = 1_000_003  # seeds of layers and parts must not meet
-_NORM_EPS = 1e-6
+_NORM_EPS = 1e-6  # of RMSNorm, beside the mean of squares
+_UNIT_EPS = 1e-12  # of keys and queries, beside the sum of squares
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,11 @@ class DeltaMemory(LayerMemory):
         state = self._start(hidden_BTH, state, reset_B, trace)
         # Writes see the hidden states without the graph that made them, unless asked to learn through the base model.
         source_BTH = hidden_BTH if plan.through_base else hidden_BTH.detach()
+        queries, unshifted = self._queries(hidden_BTH, mask_BT, plan, queries_ND, trace)
         writes = None
         if plan.write:
             with plan.writing():
-                writes = self.writes(source_BTH, state, mask_BT, plan)
-        queries = self._queries(hidden_BTH, plan, queries_ND, trace)
+                writes = self.writes(source_BTH, state, mask_BT, plan, unshifted)
         if writes is None or queries_ND is not None:
             reads = _recall(state["matrices"], queries)
         if writes is None:
@@ -120,26 +123,36 @@ class DeltaMemory(LayerMemory):
             "has_last": like_BTH.new_zeros(batch_size, dtype=torch.float32),
         }
 
-    def writes(self, hidden_BTH: Tensor, state: LayerState, mask_BT: Tensor | None, plan: Pass) -> Writes:
-        """Keys, values, step sizes and log decays of a call's tokens; 0 steps where nothing is written."""
+    def writes(
+        self,
+        hidden_BTH: Tensor,
+        state: LayerState,
+        mask_BT: Tensor | None,
+        plan: Pass,
+        unshifted_BTND: Tensor | None = None,
+    ) -> Writes:
+        """Keys, values, step sizes and log decays of a call's tokens; 0 steps where nothing is written.
+
+        Args:
+            hidden_BTH, state, mask_BT, plan: see LayerMemory.forward.
+            unshifted_BTND: normalize(P_k x_t), where the queries have made it; there is no mask then.
+        """
         mask_BT = None if mask_BT is None else mask_BT.bool()
         if mask_BT is not None:  # padding may hold anything, NaN too, and 0 times NaN is NaN
             hidden_BTH = hidden_BTH.masked_fill(~mask_BT.unsqueeze(-1), 0)
-        written_BT = mask_BT
-        if not self.config.token_shift:
-            keys = self._normalized(self.key_projection(hidden_BTH))
-        else:
-            carried = state["last_hidden"].unsqueeze(1).to(hidden_BTH.dtype)
-            extended = self._normalized(self.key_projection(torch.cat([carried, hidden_BTH], dim=1)))
+        if unshifted_BTND is None:
+            unshifted_BTND = self._unit(self.key_projection(hidden_BTH))
+        keys, written_BT = unshifted_BTND, mask_BT
+        if self.config.token_shift:
+            carried = self._unit(self.key_projection(state["last_hidden"].unsqueeze(1).to(hidden_BTH.dtype)))
             has_last_B1 = (state["has_last"] > 0).unsqueeze(1)
             if mask_BT is None:
-                keys = extended[:, :-1]
-                written_BT = torch.cat(
-                    [has_last_B1, has_last_B1.new_ones(1, 1).expand(len(keys), keys.shape[1] - 1)], 1
-                )
+                keys = torch.cat([carried, keys[:, :-1]], dim=1)
+                written_BT = F.pad(has_last_B1, (0, keys.shape[1] - 1), value=True)
             else:
                 before_BT = previous_positions(mask_BT)  # -1: the token carried from the call before
-                keys = take(extended.flatten(2), before_BT + 1).view_as(extended[:, 1:])
+                extended = torch.cat([carried, keys], dim=1)
+                keys = take(extended.flatten(2), before_BT + 1).view_as(keys)
                 written_BT = mask_BT & ((before_BT >= 0) | has_last_B1)
         values = torch.unflatten(self.value_projection(hidden_BTH), -1, (self.heads, -1))
         step, log_keep = self._gates(hidden_BTH, state["matrices"].dtype)
@@ -170,18 +183,36 @@ class DeltaMemory(LayerMemory):
         cut = trace is not None and not trace.again
         return {name: t.detach() if cut else t for name, t in state.items()}
 
-    def _queries(self, hidden_BTH: Tensor, plan: Pass, queries_ND: Tensor | None, trace: LayerTrace | None) -> Tensor:
-        """q of every token [B, T, N, D], or MAC's own queries for every sample."""
-        if trace is not None and trace.again and trace.queries is not None:
-            return trace.queries.to(hidden_BTH.device, non_blocking=True)
-        if queries_ND is not None:
-            return self._normalized(queries_ND.to(hidden_BTH.dtype)).expand(hidden_BTH.shape[0], -1, -1, -1)
-        own = self.config.query_projection == "learned" and plan.controls.query == "trained"
-        return self._normalized((self.query_projection if own else self.key_projection)(hidden_BTH))
+    def _queries(
+        self,
+        hidden_BTH: Tensor,
+        mask_BT: Tensor | None,
+        plan: Pass,
+        queries_ND: Tensor | None,
+        trace: LayerTrace | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """q of every token [B, T, N, D], or MAC's own queries for every sample; and normalize(P_k x_t) for the keys.
 
-    def _normalized(self, x: Tensor) -> Tensor:
+        Where tokens' queries are made with the key projection, keys are the same rows: one product makes both. Padding
+        may hold a NaN, whose gradient keys must not get: with a mask they are made apart, and None is returned.
+        """
+        if trace is not None and trace.again and trace.queries is not None:
+            return trace.queries.to(hidden_BTH.device, non_blocking=True), None
+        if queries_ND is not None:
+            return self._unit(queries_ND.to(hidden_BTH.dtype)).expand(hidden_BTH.shape[0], -1, -1, -1), None
+        if self.config.query_projection == "learned" and plan.controls.query == "trained":
+            return self._unit(self.query_projection(hidden_BTH)), None
+        if not plan.write or mask_BT is not None:
+            return self._unit(self.key_projection(hidden_BTH)), None
+        if plan.graph and not plan.through_base and hidden_BTH.requires_grad:
+            asked, written = self.key_projection(hidden_BTH, _product_twice)
+            return self._unit(asked), self._unit(written)
+        queries = self._unit(self.key_projection(hidden_BTH))
+        return queries, queries if plan.graph else queries.detach()
+
+    def _unit(self, x: Tensor) -> Tensor:
         """[..., N D] -> [..., N, D] with rows of norm 1."""
-        return F.normalize(torch.unflatten(x, -1, (self.heads, -1)), dim=-1, eps=_NORM_EPS)
+        return unit_rows(torch.unflatten(x, -1, (self.heads, -1)), _UNIT_EPS)
 
     def _last_token(self, hidden_BTH: Tensor, mask_BT: Tensor | None, state: LayerState) -> LayerState:
         if mask_BT is not None:
@@ -196,20 +227,49 @@ class DeltaMemory(LayerMemory):
         if trace is not None and trace.again:
             return trace.surrogate(reads_BTND)
         if trace is not None:
-            zero = self._zero_of_writes(trace, state, plan).to(reads_BTND.dtype)
-            reads_BTND = trace.trace_read(queries, reads_BTND) + zero
-        normed = F.rms_norm(reads_BTND, reads_BTND.shape[-1:], eps=_NORM_EPS)
-        read: Tensor = self.output_projection(normed.flatten(2) * self.read_norm.to(normed.dtype))
+            reads_BTND = trace.trace_read(queries, reads_BTND)
+            if any(hasattr(p, "ds_id") for p in self.parameters()):
+                reads_BTND = reads_BTND + self._zero_of_writes(trace, state, plan).to(reads_BTND.dtype)
+        size = reads_BTND.shape[-1]
+        read: Tensor = self.output_projection(unit_rows(reads_BTND, size * _NORM_EPS).flatten(2), self._scaled_product)
         return read
 
+    def _scaled_product(self, x: Tensor, weight_HW: Tensor) -> Tensor:
+        """P_o (g * RMSNorm(o)) of the unit rows x = o / |o|: the scales change the matrix, not every token."""
+        scale = self.read_norm * math.sqrt(self.width // self.heads)
+        return F.linear(x, (weight_HW * scale).to(x.dtype))
+
     def _zero_of_writes(self, trace: LayerTrace, state: LayerState, plan: Pass) -> Tensor:
-        """0, made of every parameter that writes alone use: so that it gets a gradient, 0, in the first phase too.
+        """0, made of every parameter that writes alone use: so that it gets a gradient, 0, in ZeRO-3's first phase too.
 
         ZeRO-3 adds a parameter's gradients to those of the step before, unless there is one in a step's first backward.
         """
         made = self.writes(trace.hidden[:, :1], state, None, plan)
         used = [made.keys, made.values, made.step, *([] if made.log_keep is None else [made.log_keep])]
         return torch.stack([0 * t.sum().to(made.step.dtype) for t in used]).sum()
+
+
+class _ProductTwice(torch.autograd.Function):
+    """x W^T, twice: the first for gradients in x and W, the second for one in W alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        narrow = weight.to(x.dtype)
+        ctx.save_for_backward(x, narrow)
+        product = F.linear(x, narrow)
+        return product, product.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        both = (d_first + d_second).flatten(0, -2)
+        d_weight = both.mT @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return d_first @ weight if ctx.needs_input_grad[0] else None, d_weight
+
+
+def _product_twice(x: Tensor, weight: Tensor) -> Any:
+    return _ProductTwice.apply(x, weight)  # type: ignore[no-untyped-call]
 
 
 def _controlled(step_BTN: Tensor, controls: Controls) -> Tensor:

@@ -102,7 +102,7 @@ def recorded(memory: DeltaMemory, log: WriteLog) -> Iterator[None]:
             if plan.write:
                 _follow_writes(log, memory.writes(hidden, state, rest.get("mask_BT"), plan), state)
             elif hidden.shape[1]:
-                log.queries += memory._queries(hidden, plan, None, None)[0].double().unbind(0)
+                log.queries += memory._queries(hidden, None, plan, None, None)[0][0].double().unbind(0)
 
     handle = memory.register_forward_pre_hook(lambda _, args, kwargs: note(*args, **kwargs), with_kwargs=True)
     try:

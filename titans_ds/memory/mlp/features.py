@@ -5,15 +5,15 @@ Legend of shape suffixes: B batch, T tokens, D memory dim, K convolution kernel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_ds.memory.mlp.config import FeatureConfig
-from titans_ds.memory.mlp.kernels import heads as fused
 from titans_ds.memory.positions import Positions, take
+from titans_ds.memory.projection import unit_rows
+
+_EPS = 1e-24  # beside the sum of squares
 
 
 class Convolution(nn.Module):
@@ -59,40 +59,11 @@ def next_tail(tail_BKH: Tensor, hidden_BTH: Tensor, positions: Positions) -> Ten
     return take(extended, ends)
 
 
-@dataclass(frozen=True)
-class Split:
-    """What a projection becomes: activation and, for keys and queries, L2 norm; by head.
-
-    Args:
-        heads: number of heads.
-        config: which activation, and whether there is a norm at all.
-        norm: of keys and queries.
-    """
-
-    heads: int
-    config: FeatureConfig
-    norm: bool
-
-    def __call__(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, heads * d] -> [B, T, heads, d]."""
-        if self._fused(x_BTD, x_BTD.shape[-1]):
-            return fused.by_head(x_BTD, *self._rule)
-        x_BTD = activate(x_BTD, self.config)
-        x_BTD = normalize(x_BTD, self.heads, self.config) if self.norm else x_BTD
-        return torch.unflatten(x_BTD, -1, (self.heads, -1))
-
-    def of_projection(self, x_BTH: Tensor, weight_DH: Tensor) -> Tensor:
-        """Of W x: [B, T, H] -> [B, T, heads, d]."""
-        if self._fused(x_BTH, weight_DH.shape[0]):
-            return fused.by_head(x_BTH, *self._rule, weight_DH)
-        return self(F.linear(x_BTH, weight_DH.to(x_BTH.dtype)))
-
-    @property
-    def _rule(self) -> tuple[int, bool, bool]:
-        return self.heads, self.config.activation == "silu", self.norm and self.config.normalize_keys
-
-    def _fused(self, x: Tensor, dim: int) -> bool:
-        return fused.is_supported(x, *self._rule, dim)
+def by_head(x_BTD: Tensor, heads: int, config: FeatureConfig, norm: bool) -> Tensor:
+    """What a projection becomes: activation and, for keys and queries (`norm`), L2 norm: [B, T, heads, d]."""
+    x_BTD = activate(x_BTD, config)
+    x_BTD = normalize(x_BTD, heads, config) if norm else x_BTD
+    return torch.unflatten(x_BTD, -1, (heads, -1))
 
 
 def activate(x: Tensor, config: FeatureConfig) -> Tensor:
@@ -104,4 +75,4 @@ def normalize(x_BTD: Tensor, heads: int, config: FeatureConfig) -> Tensor:
     """The L2 norm of keys and queries, head by head."""
     if not config.normalize_keys:
         return x_BTD
-    return F.normalize(torch.unflatten(x_BTD, -1, (heads, -1)), dim=-1).flatten(-2)
+    return unit_rows(torch.unflatten(x_BTD, -1, (heads, -1)), _EPS).flatten(-2)

@@ -123,17 +123,13 @@ class MemoryParts(LayerMemory):
             hidden_BTH = hidden_BTH.masked_fill(~positions.mask_BT.unsqueeze(-1), 0)
         hidden = self._normed(hidden_BTH)
         source = self._normed(source_BTH) if self.config.token_shift else hidden
-        split_keys, split_values = self._split(norm=True), self._split(norm=False)
-        if not self.tail_length:
-            keys = self.key_projection(source, split_keys.of_projection)
-            values = self.value_projection(hidden, split_values.of_projection)
-        else:
-            keys, values = self.key_projection(source), self.value_projection(hidden)
+        keys, values = self.key_projection(source), self.value_projection(hidden)
+        if self.tail_length:
             reach = self.config.features.convolution_kernel - 1
             tail = self._normed(state["tail_hidden"].to(hidden.dtype))
             keys = self.key_convolution(keys, self.key_projection(tail[:, :reach]), positions)
             values = self.value_convolution(values, self.value_projection(tail[:, -reach:]), positions)
-            keys, values = split_keys(keys), split_values(values)
+        keys, values = self._by_head(keys, norm=True), self._by_head(values, norm=False)
         logits = self.gates(hidden) if self.config.rule.token_gates else keys.new_zeros(*keys.shape[:2], 0)
         return Written(keys, values, logits, paired_BT)
 
@@ -145,15 +141,16 @@ class MemoryParts(LayerMemory):
             or (self.config.tie_query_at_inference and not self.training)
         )
         project = self.key_projection if tied else self.query_projection
-        hidden_BTH, split = self._normed(hidden_BTH), self._split(norm=True)
-        if not (self.tail_length and self.config.features.convolve_queries):
-            return project(hidden_BTH, split.of_projection)  # type: ignore[no-any-return]
-        reach = self.config.features.convolution_kernel - 1
-        tail = project(self._normed(state["tail_hidden"][:, -reach:].to(hidden_BTH.dtype)))
-        return split(self.query_convolution(project(hidden_BTH), tail, positions))
+        hidden_BTH = self._normed(hidden_BTH)
+        asked = project(hidden_BTH)
+        if self.tail_length and self.config.features.convolve_queries:
+            reach = self.config.features.convolution_kernel - 1
+            tail = project(self._normed(state["tail_hidden"][:, -reach:].to(hidden_BTH.dtype)))
+            asked = self.query_convolution(asked, tail, positions)
+        return self._by_head(asked, norm=True)
 
-    def _split(self, norm: bool) -> features.Split:
-        return features.Split(self.config.heads, self.config.features, norm)
+    def _by_head(self, x_BTD: Tensor, norm: bool) -> Tensor:
+        return features.by_head(x_BTD, self.config.heads, self.config.features, norm)
 
     def output(self, read_NTd: Tensor) -> Tensor:
         """P_o of what f_W returned, all heads together: [B, T, H]."""
