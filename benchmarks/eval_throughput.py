@@ -37,13 +37,12 @@ from benchmarks.program import table as markdown
 from benchmarks.train_step import RANDOM_BASES, attention_flops, load_base, model_settings
 from eval.generation.decoding import Decoder, DecodeSettings, Job
 from eval.generation.model import ModelSettings, Subject, load_tokenizer
-from titans_ds import GraftConfig, preset
+from titans_ds import GraftConfig, assets, preset
 from titans_ds.memory import READ
 from titans_ds.memory.registry import PRESETS
 from titans_ds.program import program, whole_number
 
 WAYS = ("generate", "growing", "fixed", "concat", "memory")
-_TOKENIZER = Path(titans_ds.__file__).parent / "assets" / "base_hybrid"
 
 
 @program("--out has the ways that were measured")
@@ -75,7 +74,7 @@ class Ways:
         self.options = options
         settings = ModelSettings(options.base, device=options.device, dtype=options.dtype)
         self.device = settings.resolved_device()
-        tokenizer = load_tokenizer(str(_TOKENIZER) if options.base in RANDOM_BASES else options.base)
+        tokenizer = load_tokenizer(str(assets.base()) if options.base in RANDOM_BASES else options.base)
         dtype = str(settings.resolved_dtype()).removeprefix("torch.")
         with self.device:  # where random weights are drawn
             base = load_base(model_settings(options.base, dtype)).to(self.device).eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from titans_ds.errors import TitansError
 
 if TYPE_CHECKING:
+    from titans_ds import assets as assets
     from titans_ds.config import GraftConfig, LoraSettings
     from titans_ds.graft import MemorySession, TitansModel, attach
     from titans_ds.graft.compare import Comparison, compare
@@ -34,6 +35,7 @@ __all__ = [
     "TitansError",
     "TitansModel",
     "__version__",
+    "assets",
     "attach",
     "compare",
     "preset",
@@ -58,6 +60,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: data_prep, which needs no torch, imports this package."""
+    if name == "assets":
+        return import_module("titans_ds.assets")
     if name not in _HOMES:
         raise AttributeError(f"module 'titans_ds' has no attribute {name!r}")
     value = getattr(import_module(f"titans_ds.{_HOMES[name]}"), name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ from data_prep.corpus.reading_order import order_by_depth
 from data_prep.sources.listing import walk_files
 from data_prep.sources.reading import read_regular_file
 from eval.devices import device_named
-from titans_ds import TitansModel
+from titans_ds import TitansModel, assets
 from titans_ds.errors import DataError
 from titans_ds.program import some_text
 from titans_ds.training.build import load_tokenizer
 from titans_ds.training.settings import ModelSettings
 
-ASSETS = Path(str(files("titans_ds"))) / "assets"
 MOST_BYTES = 1_000_000  # of a file
 
 
@@ -35,8 +33,7 @@ class TokenFile:
 
 def add_model_options(parser: argparse.ArgumentParser, default: bool = True) -> None:
     """--base, --adapter, --device; by default the base and the memory that come with this project."""
-    shipped = ("base_hybrid", "memory_hybrid") if default else (None, None)
-    base, adapter = (None if name is None else str(ASSETS / name) for name in shipped)
+    base, adapter = (str(assets.base()), str(assets.adapter("hybrid"))) if default else (None, None)
     where = "the one that comes with titans-ds" if default else "what the memory's file names"
     parser.add_argument("--base", type=some_text, default=base, help=f"folder or hub id (default: {where})")
     parser.add_argument("--adapter", type=some_text, default=adapter, help=f"folder or hub id (default: {where})")

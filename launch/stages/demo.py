@@ -8,18 +8,18 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from launch.stages.chain import Stage
+from titans_ds import assets
 from titans_ds.errors import DataError, TitansError
 from titans_ds.reading import read_json
 from titans_ds.zero.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = "scratch"  # --base: train a tiny one from random weights
-SHIPPED = Path(str(files("titans_ds"))) / "assets" / "base_hybrid"
+SHIPPED = assets.base()
 _CPU_RANKS = 2
 _HUGE = ("torch", "transformers", "sympy", "pandas", "scipy", "numpy")  # most of the files to read, a dozen each kept
 _LANES = 8  # at least; a multiple of the number of ranks
