@@ -206,6 +206,28 @@ def test_second_order_in_two_phases_has_the_gradient_of_one_graph(name: str) -> 
     assert relative_error(list(found.values()), list(expected.values())) < 1e-10
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["first order", "second order"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_mask_that_hides_nothing_changes_nothing(name: str, graph: bool) -> None:
+    """Neither reads, state and gradients, nor the order in which modules are called: ranks of ZeRO-3 gather in it."""
+    memory, hidden = memory_of(name), text(2, 9)
+    called: list[str] = []
+    for part, module in memory.named_modules():
+        module.register_forward_pre_hook(lambda _, __, part=part: called.append(part))
+    found, orders = [], []
+    for mask in (None, torch.ones(2, 9, dtype=torch.bool)):
+        given = hidden.detach().requires_grad_()
+        read, state, _ = memory(given, None, mask, plan=Pass(graph=graph))
+        total = read.square().sum() + (state["matrices"].square().sum() if graph else 0)
+        gradients = torch.autograd.grad(total, [given, *memory.parameters()], allow_unused=True)
+        found.append([read, state["matrices"], *(t for t in gradients if t is not None)])
+        orders.append(called.copy())
+        called.clear()
+    assert orders[0] == orders[1]
+    assert len(found[0]) == len(found[1])
+    assert relative_error(found[1], found[0]) < 1e-12
+
+
 def test_first_order_trains_what_reads_use_and_nothing_else() -> None:
     memory = memory_of("gated_delta")
     read, _, _ = memory(text(1, 8), None, plan=Pass())

@@ -15,6 +15,7 @@ Legend of shape suffixes: B batch, T tokens, H model width, N heads, D width of 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,7 @@ class DeltaMemory(LayerMemory):
 
         Args:
             hidden_BTH, state, mask_BT, plan: see LayerMemory.forward.
-            unshifted_BTND: normalize(P_k x_t), where the queries have made it; there is no mask then.
+            unshifted_BTND: normalize(P_k x_t), where the queries have made it.
         """
         mask_BT = None if mask_BT is None else mask_BT.bool()
         if mask_BT is not None:  # padding may hold anything, NaN too, and 0 times NaN is NaN
@@ -193,8 +194,8 @@ class DeltaMemory(LayerMemory):
     ) -> tuple[Tensor, Tensor | None]:
         """q of every token [B, T, N, D], or MAC's own queries for every sample; and normalize(P_k x_t) for the keys.
 
-        Where tokens' queries are made with the key projection, keys are the same rows: one product makes both. Padding
-        may hold a NaN, whose gradient keys must not get: with a mask they are made apart, and None is returned.
+        Where tokens' queries are made with the key projection, keys are the same rows: one product makes both, or with
+        a mask one call of the projection. For ranks of ZeRO-3 must call modules alike, full segments or not.
         """
         if trace is not None and trace.again and trace.queries is not None:
             return trace.queries.to(hidden_BTH.device, non_blocking=True), None
@@ -202,13 +203,16 @@ class DeltaMemory(LayerMemory):
             return self._unit(queries_ND.to(hidden_BTH.dtype)).expand(hidden_BTH.shape[0], -1, -1, -1), None
         if self.config.query_projection == "learned" and plan.controls.query == "trained":
             return self._unit(self.query_projection(hidden_BTH)), None
-        if not plan.write or mask_BT is not None:
+        if not plan.write:
             return self._unit(self.key_projection(hidden_BTH)), None
-        if plan.graph and not plan.through_base and hidden_BTH.requires_grad:
+        if mask_BT is not None:
+            asked, written = self.key_projection(hidden_BTH, functools.partial(_two_products, mask_BT, plan))
+        elif plan.graph and not plan.through_base and hidden_BTH.requires_grad:
             asked, written = self.key_projection(hidden_BTH, _product_twice)
-            return self._unit(asked), self._unit(written)
-        queries = self._unit(self.key_projection(hidden_BTH))
-        return queries, queries if plan.graph else queries.detach()
+        else:
+            queries = self._unit(self.key_projection(hidden_BTH))
+            return queries, queries if plan.graph else queries.detach()
+        return self._unit(asked), self._unit(written)
 
     def _unit(self, x: Tensor) -> Tensor:
         """[..., N D] -> [..., N, D] with rows of norm 1."""
@@ -227,9 +231,8 @@ class DeltaMemory(LayerMemory):
         if trace is not None and trace.again:
             return trace.surrogate(reads_BTND)
         if trace is not None:
-            reads_BTND = trace.trace_read(queries, reads_BTND)
-            if any(hasattr(p, "ds_id") for p in self.parameters()):
-                reads_BTND = reads_BTND + self._zero_of_writes(trace, state, plan).to(reads_BTND.dtype)
+            zero = self._zero_of_writes(trace, state, plan).to(reads_BTND.dtype)
+            reads_BTND = trace.trace_read(queries, reads_BTND) + zero
         size = reads_BTND.shape[-1]
         read: Tensor = self.output_projection(unit_rows(reads_BTND, size * _NORM_EPS).flatten(2), self._scaled_product)
         return read
@@ -240,7 +243,7 @@ class DeltaMemory(LayerMemory):
         return F.linear(x, (weight_HW * scale).to(x.dtype))
 
     def _zero_of_writes(self, trace: LayerTrace, state: LayerState, plan: Pass) -> Tensor:
-        """0, made of every parameter that writes alone use: so that it gets a gradient, 0, in ZeRO-3's first phase too.
+        """0, made of every parameter that writes alone use: so that it gets a gradient, 0, in the first phase too.
 
         ZeRO-3 adds a parameter's gradients to those of the step before, unless there is one in a step's first backward.
         """
@@ -266,6 +269,15 @@ class _ProductTwice(torch.autograd.Function):
         both = (d_first + d_second).flatten(0, -2)
         d_weight = both.mT @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return d_first @ weight if ctx.needs_input_grad[0] else None, d_weight
+
+
+def _two_products(mask_BT: Tensor, plan: Pass, x_BTH: Tensor, weight: Tensor) -> Any:
+    """x W^T for queries; and for keys, where padding, which may hold a NaN, has no part in any gradient."""
+    source = (x_BTH if plan.through_base else x_BTH.detach()).masked_fill(~mask_BT.bool().unsqueeze(-1), 0)
+    narrow = weight.to(x_BTH.dtype)
+    with plan.writing():
+        written = F.linear(source, narrow)
+    return F.linear(x_BTH, narrow), written
 
 
 def _product_twice(x: Tensor, weight: Tensor) -> Any:
