@@ -51,11 +51,14 @@ def fused(plain: Callable[..., Any]) -> Callable[..., Any]:
     if hasattr(plain, "titans_plain"):
         return plain
 
+    # Here, since it imports torch._dynamo, which takes a second.
+    uncompiled = torch.compiler.disable(_convolve)  # type: ignore[no-untyped-call]
+
     @functools.wraps(plain)
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Any = None, **more: Any) -> Any:
         if not x.is_cuda or activation not in (None, "silu", "swish") or _packed(more):
             return plain(x, weight, bias, activation, **more)
-        return _convolve(x.transpose(1, 2).contiguous(), weight, bias, activation).transpose(1, 2)
+        return uncompiled(x.transpose(1, 2).contiguous(), weight, bias, activation).transpose(1, 2)
 
     convolve.titans_plain = plain  # type: ignore[attr-defined]
     return convolve
@@ -65,7 +68,6 @@ def _packed(more: dict[str, Any]) -> bool:
     return any(more.get(name) is not None for name in ("seq_idx", "cu_seqlens", "cu_seq_lens_q"))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _convolve(x_BTD: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     from fla.modules.causal_conv1d import causal_conv1d
 
