@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
 MANY, BRAKED = (str(ROOT / "tests" / "support" / name) for name in ("many_runs.py", "braked_run.py"))
 BIN = Path(sys.executable).parent
-STEPS = 24
+STEPS = 16
 SAME = 1e-6  # relative
 REASON = why_not("pdsh")
 
