@@ -16,6 +16,7 @@ from .markdown import code, fenced, plain
 from .tables import Table, reading
 
 MAX_SAMPLES = 40
+_MEASURES = {"em": "EM", "es": "ES", "nll_target": "NLL of the target"}
 _LONG = ("task_ids", "mode_list", "counts", "versions")
 
 
@@ -37,10 +38,18 @@ class Report:
         return f"CrossCodeEval: {Path(str(self.config['base'])).name} on {Path(str(self.config['data'])).name}"
 
     @property
-    def findings(self) -> list[str]:
-        """One sentence for each contrast, on the measure with most power that it has and on EM."""
+    def answer(self) -> str:
+        """The first sentence: does the memory hold what this repository says? Or the first contrast that there is."""
+        alpha, contrasts = self.comparison["settings"]["alpha"], self.comparison["contrasts"]
+        if not contrasts:
+            return "One mode under one boundary: nothing to compare it with."
+        asked = [c for c in contrasts if _mode(c["arm"]) == "memory" and _mode(c["against"]) == "memory_wrong"]
+        return _finding((asked or contrasts)[0], alpha)
+
+    def findings(self, decided: bool) -> list[str]:
+        """One sentence for each contrast that a test decided, or for each of the others, which are inconclusive."""
         alpha = self.comparison["settings"]["alpha"]
-        return [_finding(contrast, alpha) for contrast in self.comparison["contrasts"]]
+        return [_finding(c, alpha) for c in self.comparison["contrasts"] if _is_decided(c, alpha) == decided]
 
     @property
     def settings(self) -> dict[str, str]:
@@ -52,9 +61,17 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _mode(arm: str) -> str:
+    return arm.partition("@")[0]  # memory@heal
+
+
+def _is_decided(contrast: Mapping[str, Any], alpha: float) -> bool:
+    return any(reading(contrast[m], alpha) != "inconclusive" for m in _MEASURES if m in contrast)
+
+
 def _finding(contrast: Mapping[str, Any], alpha: float) -> str:
     parts = []
-    for measure, label in (("em", "EM"), ("es", "ES"), ("nll_target", "NLL of the target")):
+    for measure, label in _MEASURES.items():
         if measure in contrast:
             test = contrast[measure]
             parts.append(f"{label} {test['difference']:+.3g}, {reading(test, alpha)} (p Holm {test['p_holm']:.3g})")
@@ -71,16 +88,22 @@ def render_html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    figures = {title: Markup(svg) for title, svg in report.figures.items()}  # our own drawing, not data
+    figures = [(title, Markup(svg)) for title, svg in report.figures.items()]  # our own drawing, not data
     page = environment.get_template("report.html.j2")
     return page.render(
-        report=report, figures=figures, samples=report.samples[:MAX_SAMPLES], highlight=highlight_difference
+        report=report,
+        figures=figures,
+        samples=report.samples[:MAX_SAMPLES],
+        highlight=highlight_difference,
     )
 
 
 def render_markdown(report: Report) -> str:
     """Return the report without its figures as GitHub Markdown."""
-    lines = [f"# {plain(report.title)}\n", "## Findings\n", *(f"- {plain(found)}" for found in report.findings), ""]
+    lines = [f"# {plain(report.title)}\n", f"**{plain(report.answer)}**\n"]
+    for title, decided in (("Findings", True), ("Inconclusive", False)):
+        if found := report.findings(decided):
+            lines += [f"## {title}\n", *(f"- {plain(each)}" for each in found), ""]
     lines += ["## Tables\n", *(table.to_markdown() for table in report.tables)]
     lines += [f"## Samples where modes differ ({len(report.samples)})\n"]
     lines += [_sample_markdown(sample) for sample in report.samples[:MAX_SAMPLES]]

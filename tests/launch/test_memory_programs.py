@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 
 from launch import complete, inspect_memory, prime
-from launch.inspection.repository import ASSETS
-from titans_ds import TitansModel
+from titans_ds import TitansModel, assets
 from titans_ds.memory import MemoryState
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-ADAPTER = ASSETS / "memory_hybrid"
+ADAPTER = assets.adapter("hybrid")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,7 @@ def test_the_page_holds_what_the_model_does(
     assert said["own"] == pytest.approx(sum(data["losses"]["own"]) / said["tokens"])
     assert said["empty"] == pytest.approx(said["ablated"], abs=2e-3)
     assert said["own"] != said["ablated"]
-    model = TitansModel.from_pretrained(ASSETS / "base_hybrid", ADAPTER)
+    model = TitansModel.from_pretrained(assets.base(), ADAPTER)
     assert [layer["index"] for layer in data["layers"]] == model.layer_indices
     for layer in data["layers"]:
         assert len(layer["written"]) == len(layer["held"]) == said["read_tokens"]
