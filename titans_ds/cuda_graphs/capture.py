@@ -40,7 +40,7 @@ class Arena:
         return found
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether it lies here."""
+        """Whether a tensor's memory lies in this arena."""
         return bool(tensor.untyped_storage()._cdata == self.memory.untyped_storage()._cdata)
 
 
@@ -174,11 +174,11 @@ class CudaCapture(Capture):
         return super().in_own_thread(there)
 
     def warm_up(self, function: Callable[[], None]) -> None:
-        """On the side stream."""
+        """Run a function on the side stream, where kernels compile and libraries take their workspaces."""
         run_on_side_stream(function, self._stream)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """A CUDA graph's replay."""
+        """Capture a function as a CUDA graph; returns what replays it."""
         graph = capture_graph(function, self._stream, self._pool)
         self._first = self._first or graph
         replay: Callable[[], None] = graph.replay

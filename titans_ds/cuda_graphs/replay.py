@@ -142,7 +142,7 @@ class CapturedPair:
         return self._where.record(function)
 
     def forward(self, flat: Sequence[Tensor], function: Function, slices: Slices) -> tuple[Tensor, ...]:
-        """The outputs, from inputs and parameters."""
+        """The outputs, from inputs and parameters in one flat list; replayed where no parameter has moved."""
         given, held = self._split(flat)
         if addresses(held.values()) != self.addresses:
             with torch.no_grad():

@@ -101,11 +101,11 @@ class PrefixCall(Call):
         )
 
     def rows(self) -> int | None:
-        """See Call."""
+        """See titans_ds.graft.call.Call."""
         return next((len(columns.key) for columns in self.columns.values()), None)
 
     def repeated(self, times: int) -> PrefixCall:
-        """See Call."""
+        """See titans_ds.graft.call.Call."""
         columns = {
             index: Ready(ready.key.repeat_interleave(times, 0), ready.value.repeat_interleave(times, 0))
             for index, ready in self.columns.items()

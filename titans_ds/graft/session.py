@@ -31,7 +31,7 @@ class MemorySession:
 
     @property
     def batch_size(self) -> int:
-        """Number of samples B."""
+        """Number of samples B that the state holds."""
         return self.state.batch_size
 
     def reset(self, rows: torch.Tensor | None = None) -> None:

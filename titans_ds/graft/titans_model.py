@@ -145,7 +145,7 @@ class TitansModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """The device that token ids have to be on."""
         return device_of(self.base_model)
 
     @property
@@ -170,7 +170,7 @@ class TitansModel(nn.Module):
                 yield f"{start}.{name}", parameter
 
     def gate_parameters(self) -> dict[int, nn.Parameter]:
-        """g by layer, [1]."""
+        """The logit g of every layer's gate, [1] each, as it is trained."""
         return {index: memory.gate for index, memory in self.memories.items()}
 
     def gates(self) -> dict[int, Tensor]:

@@ -70,7 +70,7 @@ class Pass:
     controls: Controls = UNCHANGED
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
-        """The context that writes run in."""
+        """The context that writes run in: with autograd at second order, without it otherwise."""
         return contextlib.nullcontext() if self.graph else torch.no_grad()
 
 
@@ -109,7 +109,7 @@ class LayerTrace:
         return read
 
     def set_read_gradient(self, gradient: Tensor) -> None:
-        """Keep g."""
+        """Keep g, the gradient of the loss in the reads, cut off from its graph."""
         self.read_gradient = gradient.detach()
 
     def rewriting(self) -> LayerTrace:

@@ -31,7 +31,7 @@ class Positions:
 
     @property
     def all_written(self) -> bool:
-        """Known without looking at the mask."""
+        """Whether all tokens are written, known without looking at the mask (which would wait for the device)."""
         return self.given_BT is None
 
     @functools.cached_property

@@ -31,7 +31,7 @@ class MemoryState:
 
     @property
     def batch_size(self) -> int:
-        """Number of samples B."""
+        """Number of samples B that the state holds."""
         return next(iter(next(iter(self.layers.values())).values())).shape[0]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
@@ -43,7 +43,7 @@ class MemoryState:
         return self.map(Tensor.detach)
 
     def to(self, device: torch.device | str) -> MemoryState:
-        """On another device."""
+        """The same state with all tensors on another device."""
         return self.map(lambda t: t.to(device))
 
     def select(self, indices: Tensor) -> MemoryState:

@@ -58,7 +58,7 @@ def with_networks(base: nn.Module, folder: Path, width: int) -> TitansModel:
 
 
 def networks(model: TitansModel) -> dict[int, ForwardAlignment]:
-    """By layer."""
+    """The forward alignment network of every layer that has one."""
     found = {index: cast(MLPMemory, grafted.memory).fan for index, grafted in model.memories.items()}
     return {index: fan for index, fan in found.items() if fan is not None}
 
@@ -72,7 +72,7 @@ class Alignment:
 
     @property
     def mean(self) -> float:
-        """Over layers."""
+        """The mean cosine over all layers."""
         return sum(self.by_layer.values()) / len(self.by_layer)
 
 

@@ -18,11 +18,11 @@ class Engine(Protocol):
 
     @property
     def module(self) -> TrainingModule:
-        """What it runs."""
+        """The module whose forward pass is the loss: the grafted model with its training step."""
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device that batches have to be on."""
 
     def set_training(self, training: bool) -> None:
         """Training mode or evaluation mode."""
@@ -81,12 +81,12 @@ class TorchEngine:
 
     @property
     def module(self) -> TrainingModule:
-        """What it runs."""
+        """The module whose forward pass is the loss: the grafted model with its training step."""
         return self._module
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device that batches have to be on."""
         return self._device
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -133,7 +133,7 @@ class TorchEngine:
         return {name: masters.get(id(p), p).detach().cpu().clone() for name, p in found.items()}
 
     def optimizer_state_bytes(self) -> int:
-        """Bytes of optimizer state."""
+        """Bytes of optimizer state that this process holds."""
         return self.optimizer.state_bytes()
 
     def named_masters(self) -> dict[str, nn.Parameter]:
@@ -142,7 +142,7 @@ class TorchEngine:
         return {n: masters.get(id(p), p) for n, p in self.module.named_parameters() if p.requires_grad}
 
     def save(self, folder: Path) -> None:
-        """Write trained parameters and optimizer."""
+        """Write trained parameters and optimizer state into a folder of a checkpoint."""
         torch_checkpoint.save(folder, self.named_masters(), self.optimizer)
 
     def load(self, folder: Path, universal: bool) -> None:

@@ -43,7 +43,7 @@ class MetricsWriter:
         self._trackers.log(dict(_flat(values, f"{kind}/")), step)
 
     def close(self) -> None:
-        """Flush and close."""
+        """Write what is still in buffers, and close the files."""
         self._file.close()
         self._trackers.close()
 

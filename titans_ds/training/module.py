@@ -155,7 +155,7 @@ class Runner(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device that batches have to be on."""
 
     def __call__(self, *inputs: Any) -> Any:
         """The module's forward."""

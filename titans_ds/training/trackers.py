@@ -82,7 +82,7 @@ class Trackers:
                 tracker.log(values, step=step)
 
     def close(self) -> None:
-        """Flush and close."""
+        """Write what is still in buffers, and close the tracker."""
         for tracker in self._trackers:
             with _own_logger():
                 tracker.finish()

@@ -349,12 +349,12 @@ class _TrainerEngine:
 
     @property
     def module(self) -> TrainingModule:
-        """What it runs."""
+        """The module whose forward pass is the loss."""
         return cast(TrainingModule, self._trainer.model)
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device that batches have to be on."""
         return cast(torch.device, self._trainer.args.device)
 
     def __call__(self, *inputs: Any) -> Any:

@@ -23,7 +23,7 @@ class SkippableAdamW(torch.optim.AdamW):
     agree: Callable[[Tensor], Tensor] = staticmethod(lambda flag: flag)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step, or none."""
+        """One AdamW step; none where the gradient norm is not finite."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         gradients = [g for g in gradients if g.numel() > 0]  # a rank's share may be empty
         # The greatest entry is finite where all are (a norm of another kind might overflow); a few launches for all.

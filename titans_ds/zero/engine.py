@@ -113,12 +113,12 @@ class DeepSpeedEngine(Generic[Module]):
 
     @property
     def module(self) -> Module:
-        """What it runs."""
+        """The module that DeepSpeed's engine wraps."""
         return self._module
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device that batches have to be on."""
         return self._device
 
     def set_training(self, training: bool) -> None:
@@ -134,7 +134,7 @@ class DeepSpeedEngine(Generic[Module]):
         backward(self._engine, loss, last)
 
     def gradients(self, names: list[str]) -> dict[str, Tensor | None]:
-        """Whole gradients, fp32."""
+        """Whole gradients by parameter name, fp32, gathered from all ranks."""
         from deepspeed.utils import safe_get_full_grad
 
         return {name: safe_get_full_grad(self.module.get_parameter(name)) for name in names}

@@ -101,7 +101,7 @@ class Setup:
 
     @property
     def tokens(self) -> int:
-        """Of one segment on one rank."""
+        """Tokens of one segment on one rank, all its lanes together."""
         return self.lanes * self.segment_tokens
 
 
@@ -180,7 +180,7 @@ def state_bytes(model: Model, setup: Setup) -> float:
 
 
 def total_bytes(model: Model, setup: Setup) -> float:
-    """Peak of one rank."""
+    """Bytes at the peak of one rank, all parts together."""
     parts = (parameter_bytes, gradient_bytes, optimizer_bytes, working_bytes, activation_bytes, state_bytes)
     return sum(part(model, setup) for part in parts) + _CONTEXT
 

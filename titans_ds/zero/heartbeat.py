@@ -123,7 +123,7 @@ class Heartbeat:
         self._counts, self._changed = dict.fromkeys(watched, -1), dict.fromkeys(watched, self._contact)
 
     def start(self) -> None:
-        """Begin."""
+        """Begin to count and to watch, in a thread each."""
         self.store.set(f"{self._prefix}/host/{self.rank}", socket.gethostname())
         for thread in self._threads:
             thread.start()

@@ -275,7 +275,7 @@ class MLPConfig:
 
     @property
     def step_sizes(self) -> list[float]:
-        """theta of each matrix."""
+        """The inner step size theta of each matrix of f_W, in order of depth."""
         return self.rule.step_sizes or [self.step_size] * self.depth
 
 

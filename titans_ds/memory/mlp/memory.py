@@ -32,7 +32,7 @@ class MLPMemory(MemoryParts):
 
     @property
     def graph_key(self) -> Hashable:
-        """The kernels that were chosen."""
+        """The kernels that were chosen: a graph captured with others must not be replayed."""
         return kernels.chosen()
 
     @property

@@ -37,7 +37,7 @@ class Found:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Optimizer steps that were done when the checkpoint was written."""
         return int(self.marker["progress"]["step"])
 
     @property

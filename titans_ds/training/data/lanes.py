@@ -44,7 +44,7 @@ class Visits:
         self._orders: dict[int, Integers] = {}
 
     def repo(self, visit: int) -> int:
-        """The repository of a visit."""
+        """The index of the repository that a visit reads."""
         epoch, place = divmod(visit, len(self._repos))
         if epoch not in self._orders:
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 2}  # lanes drift apart a little

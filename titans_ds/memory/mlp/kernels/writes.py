@@ -60,7 +60,7 @@ class Inputs:
 
 
 def or_zeros(d: Tensor | None, like: Tensor) -> Tensor:
-    """A derivative, contiguous."""
+    """A derivative that may be missing, as a contiguous tensor of the right shape."""
     return torch.zeros_like(like) if d is None else d.contiguous()
 
 
