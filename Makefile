@@ -12,7 +12,8 @@ PYTEST ?= -n 2 --dist loadfile
 
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.titans_ds_ready
-RUN := PATH="$(BIN):$$PATH" TOKENIZERS_PARALLELISM=false
+# Bytecode is kept, whatever the shell's environment says: without it every process compiles 2,600 files anew.
+RUN := PATH="$(BIN):$$PATH" TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 # One thread a process: the tests start several at a time. (Training shares the cores among its ranks by itself.)
 TESTING := $(RUN) OMP_NUM_THREADS=1
 

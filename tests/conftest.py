@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,10 @@ from _pytest.terminal import TerminalReporter
 from hypothesis import HealthCheck, settings
 
 LINES = 30  # of a failed attempt: what went wrong stands at its end
+
+# Tests start hundreds of processes, which would each compile 2,600 files anew where no bytecode is kept.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # How long an example takes says nothing on a busy machine.
 settings.register_profile(
