@@ -5,6 +5,7 @@ Legend of shape suffixes: B batch, T tokens, D memory dim, N batch x heads.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any, cast
@@ -96,7 +97,7 @@ def unit_rows(x: Tensor, eps: float, triton: bool | None = None) -> Tensor:
     """
     if triton is None:
         narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        triton = x.is_cuda and narrow and x.numel() > 0 and _usable()
+        triton = x.is_cuda and narrow and x.numel() > 0 and not torch.compiler.is_compiling() and _installed()
     if triton:
         return cast(Tensor, _UnitRows.apply(x, eps))  # type: ignore[no-untyped-call]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -104,8 +105,9 @@ def unit_rows(x: Tensor, eps: float, triton: bool | None = None) -> Tensor:
     return (x * torch.rsqrt(norm.square() + eps)).to(x.dtype)
 
 
-def _usable() -> bool:
-    return not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is not None
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class _UnitRows(torch.autograd.Function):

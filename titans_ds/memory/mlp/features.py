@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_ds.memory.mlp.config import FeatureConfig
+from titans_ds.memory.mlp.kernels import chosen
 from titans_ds.memory.positions import Positions, take
 from titans_ds.memory.projection import unit_rows
 
@@ -75,4 +76,5 @@ def normalize(x_BTD: Tensor, heads: int, config: FeatureConfig) -> Tensor:
     """The L2 norm of keys and queries, head by head."""
     if not config.normalize_keys:
         return x_BTD
-    return unit_rows(torch.unflatten(x_BTD, -1, (heads, -1)), _EPS).flatten(-2)
+    plain = chosen() in ("loop", "torch")  # no Triton
+    return unit_rows(torch.unflatten(x_BTD, -1, (heads, -1)), _EPS, False if plain else None).flatten(-2)
