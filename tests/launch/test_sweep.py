@@ -106,9 +106,11 @@ def test_a_machine_that_dies_loses_no_trial(tmp_path: Path) -> None:
 def freeze(process: Process, database: Path) -> bool:
     """Stop a process where it stands; not in a transaction, with which it would hold up everyone."""
     process.send(signal.SIGSTOP)
+    tasks = Path(f"/proc/{process.pid}/task")  # a thread in a system call stops when that is over
+    wait_for(lambda: all(path.read_text().rpartition(")")[2].split()[0] == "T" for path in tasks.glob("*/stat")))
     try:
         with contextlib.closing(sqlite3.connect(database, timeout=0.1)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("BEGIN EXCLUSIVE")  # which a reader holds up, too
     except sqlite3.OperationalError:
         process.send(signal.SIGCONT)
         return False
