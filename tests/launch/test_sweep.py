@@ -103,11 +103,19 @@ def test_a_machine_that_dies_loses_no_trial(tmp_path: Path) -> None:
     assert sweep_kills.one_round("namespace", tmp_path / "round") == ""
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether all threads of a process stand still: one in a system call stops when that is over."""
+    try:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:  # a thread that has just ended
+        return False
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
 def freeze(process: Process, database: Path) -> bool:
     """Stop a process where it stands; not in a transaction, with which it would hold up everyone."""
     process.send(signal.SIGSTOP)
-    tasks = Path(f"/proc/{process.pid}/task")  # a thread in a system call stops when that is over
-    wait_for(lambda: all(path.read_text().rpartition(")")[2].split()[0] == "T" for path in tasks.glob("*/stat")))
+    wait_for(lambda: is_stopped(process.pid))
     try:
         with contextlib.closing(sqlite3.connect(database, timeout=0.1)) as connection:
             connection.execute("BEGIN EXCLUSIVE")  # which a reader holds up, too
@@ -187,7 +195,7 @@ def test_adaptive_search_prunes_bad_trials(tmp_path: Path, capfd: pytest.Capture
     study = tmp_path / "study"
     process = Process(
         tmp_path / "log", "--space", space, "--study", study, "--launcher", TRAINER, "--slots", "2",
-        SWEEP_TRAINER_SECONDS="0.15",
+        SWEEP_TRAINER_SECONDS="0.1",
     )  # fmt: skip
     assert process.code() == 0, process.said()
     rows = Study(study).rows()

@@ -97,7 +97,7 @@ def test_tasks_of_slurm(cluster: Cluster, tmp_path: Path) -> None:
     study = tmp_path / "study"
     command = [sys.executable, SWEEP, "--study", str(study), "--storage", database(tmp_path), "--executor", "slurm"]
     more = "additional_parameters={no-requeue: true}"  # Slurm holds a job back for two minutes before it runs it again
-    options = ["--space", str(space), "--slots", "2", "--lease", "20", "--launcher", TRAINER]
+    options = ["--space", str(space), "--slots", "2", "--lease", "12", "--launcher", TRAINER]
     slurm = ["--slurm", "cpus_per_task=2", "time=10", more]
     first = subprocess.Popen([*command, *options, *slurm], env=environment, cwd=tmp_path)
     wait_for(lambda: list(study.glob("trials/*/run/checkpoint.json")))
@@ -107,6 +107,7 @@ def test_tasks_of_slurm(cluster: Cluster, tmp_path: Path) -> None:
     hung = next(row for row in Study(study).rows() if row.folder == trial.resolve())
     cluster.stop_node("node1")
     cluster.run("scontrol", "update", "nodename=node1", "state=down", "reason=test")
+    environment["SWEEP_TRAINER_SECONDS"] = "0.01"  # of the tasks, too: Slurm passes it on
     second = subprocess.run([*command, *options, *slurm], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
     rows = Study(study).rows()
