@@ -132,7 +132,7 @@ def test_a_stopped_sweep_goes_on_and_a_frozen_one_is_replaced(tmp_path: Path) ->
     """SIGTERM lets trials save themselves. A process that stands still loses its trial to another, and notices."""
     space = write_space(tmp_path / "space.yaml", {"training.seed": [0]}, settings={"training.steps": 60})
     study = tmp_path / "study"
-    command = ["--space", space, "--study", study, "--launcher", TRAINER, "--lease", "10"]
+    command = ["--space", space, "--study", study, "--launcher", TRAINER, "--lease", "6"]
     brake = tmp_path / "brake"
     brake.write_text("6")
     braked = {"SWEEP_TRAINER_BRAKE": str(brake)}
@@ -201,7 +201,7 @@ def test_adaptive_search_prunes_bad_trials(tmp_path: Path, capfd: pytest.Capture
     study = tmp_path / "study"
     process = Process(
         tmp_path / "log", "--space", space, "--study", study, "--launcher", TRAINER, "--slots", "2",
-        SWEEP_TRAINER_SECONDS="0.1",
+        SWEEP_TRAINER_SECONDS="0.07",
     )  # fmt: skip
     assert process.code() == 0, process.said()
     rows = Study(study).rows()

@@ -102,7 +102,7 @@ def test_tasks_of_slurm(cluster: Cluster, tmp_path: Path) -> None:
     study = tmp_path / "study"
     command = [sys.executable, SWEEP, "--study", str(study), "--storage", database(tmp_path), "--executor", "slurm"]
     more = "additional_parameters={no-requeue: true}"  # Slurm holds a job back for two minutes before it runs it again
-    options = ["--space", str(space), "--slots", "2", "--lease", "12", "--launcher", TRAINER]
+    options = ["--space", str(space), "--slots", "2", "--lease", "8", "--launcher", TRAINER]
     slurm = ["--slurm", "cpus_per_task=2", "time=10", more]
     first = subprocess.Popen([*command, *options, *slurm], env=environment, cwd=tmp_path)
     wait_for(lambda: len(list(study.glob("trials/*/run/checkpoint.json"))) == 2, 300)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from launch import deepspeed_env, universal_checkpoint
+from tests.support import kill_and_resume
 from tests.support.braked_run import brake_of
 from tests.support.kill_and_resume import prepare
 from tests.support.namespaces import Node, environment, nodes, port_on, why_not
@@ -48,13 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "one").write_text("node1 slots=2\n")
     given = ["GLOO_SOCKET_IFNAME=eth0", "TITANS_HEARTBEAT_SECONDS=12", "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=1"]
     assert deepspeed_env.main(["--out", str(folder / ".deepspeed_env"), "--set", *given]) == 0
-    done = subprocess.run(
-        [sys.executable, TRAIN, "--config", str(folder / "config.yaml"), "--run.dir", str(folder / "alone")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert kill_and_resume.finish(kill_and_resume.start(folder, "alone", 1)), (folder / "alone.log").read_text()
     return folder
 
 
