@@ -57,19 +57,21 @@ def test_whatever_is_killed_no_trial_is_lost_and_none_runs_twice(tmp_path: Path)
     study = tmp_path / "it's a $(study)"
     launcher = f"setsid --wait {TRAINER}"  # which leaves its rank, in a session of its own, when it is killed
     command = ["--space", space, "--study", study, "--launcher", launcher, "--lease", "60"]
-    slow, fast = {"SWEEP_TRAINER_SECONDS": "0.4"}, {"SWEEP_TRAINER_SECONDS": "0.05"}
-    first = Process(tmp_path / "first.log", *command, "--slots", "2", **slow)
+    fast, brake = {"SWEEP_TRAINER_SECONDS": "0.02"}, tmp_path / "brake"
+    braked = {"SWEEP_TRAINER_BRAKE": str(brake), **fast}
+    brake.write_text("8")
+    first = Process(tmp_path / "first.log", *command, "--slots", "2", **braked)
     wait_for(lambda: (study / "study.json").exists())
     trial, other = wait_for(lambda: in_the_middle(study, 2))
     kill_all(processes_of(study / f"trials/{trial:04d}"))
     wait_for(lambda: f"trial {trial}: attempt 2 on" in first.said())
-    seen = len(steps_of(study, trial))
-    wait_for(lambda: len(steps_of(study, trial)) > seen + 2)
+    brake.write_text("12")
+    wait_for(lambda: steps_of(study, trial)[-1:] == [12] == steps_of(study, other)[-1:])
     first.send(signal.SIGKILL)
     assert first.code() == 137
     wait_for(lambda: not processes_of(study))  # the guards have seen to that
     assert {row.state for row in Study(study).rows()} == {"running", "waiting"}  # as far as the database knows
-    two = [Process(tmp_path / f"{name}.log", *command, **how) for name, how in (("second", slow), ("third", fast))]
+    two = [Process(tmp_path / f"{name}.log", *command, **how) for name, how in (("second", braked), ("third", fast))]
     begun = wait_for(lambda: re.search(r"trial (\d): attempt 1", two[0].said()))
     wait_for(lambda: len(steps_of(study, int(begun[1]))) > 4)
     two[0].send(signal.SIGKILL)
@@ -103,12 +105,22 @@ def test_a_machine_that_dies_loses_no_trial(tmp_path: Path) -> None:
     assert sweep_kills.one_round("namespace", tmp_path / "round") == ""
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether all threads of a process stand still: one in a system call stops when that is over."""
+    try:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:  # a thread that has just ended
+        return False
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
 def freeze(process: Process, database: Path) -> bool:
     """Stop a process where it stands; not in a transaction, with which it would hold up everyone."""
     process.send(signal.SIGSTOP)
+    wait_for(lambda: is_stopped(process.pid))
     try:
         with contextlib.closing(sqlite3.connect(database, timeout=0.1)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("BEGIN EXCLUSIVE")  # which a reader holds up, too
     except sqlite3.OperationalError:
         process.send(signal.SIGCONT)
         return False
@@ -120,9 +132,11 @@ def test_a_stopped_sweep_goes_on_and_a_frozen_one_is_replaced(tmp_path: Path) ->
     """SIGTERM lets trials save themselves. A process that stands still loses its trial to another, and notices."""
     space = write_space(tmp_path / "space.yaml", {"training.seed": [0]}, settings={"training.steps": 60})
     study = tmp_path / "study"
-    command = ["--space", space, "--study", study, "--launcher", TRAINER, "--lease", "10"]
-    slow = {"SWEEP_TRAINER_SECONDS": "0.3"}
-    first = Process(tmp_path / "first.log", *command, **slow)
+    command = ["--space", space, "--study", study, "--launcher", TRAINER, "--lease", "6"]
+    brake = tmp_path / "brake"
+    brake.write_text("6")
+    braked = {"SWEEP_TRAINER_BRAKE": str(brake)}
+    first = Process(tmp_path / "first.log", *command, **braked)
     wait_for(lambda: len(steps_of(study, 0)) > 3)
     first.send(signal.SIGTERM)
     assert first.code() == 143
@@ -130,11 +144,12 @@ def test_a_stopped_sweep_goes_on_and_a_frozen_one_is_replaced(tmp_path: Path) ->
     assert [row.state for row in Study(study).rows()] == ["waiting"]
     assert json.loads((study / "trials/0000/run/status.json").read_text())["state"] == "stopped"
     before = len(steps_of(study, 0))
-    second = Process(tmp_path / "second.log", *command, **slow)
+    brake.write_text("12")
+    second = Process(tmp_path / "second.log", *command, **braked)
     wait_for(lambda: len(steps_of(study, 0)) > before + 3)
     wait_for(lambda: freeze(second, study / "study.db"))
     wait_for(lambda: not processes_of(study))  # its guard has heard nothing for half a lease
-    third = Process(tmp_path / "third.log", *command, SWEEP_TRAINER_SECONDS="0.1")
+    third = Process(tmp_path / "third.log", *command)
     wait_for(lambda: re.search(r"attempt \d+ on cpu0 from step", third.said()))  # a busy machine may have lost one more
     second.send(signal.SIGCONT)
     assert [second.code(), third.code()] == [0, 0], second.said() + third.said()
@@ -153,7 +168,8 @@ def test_a_database_that_goes_away_in_the_middle(tmp_path: Path) -> None:
     space = write_space(tmp_path / "space.yaml", {"training.seed": [0]}, settings={"training.steps": 40})
     study = tmp_path / "study"
     command = ["--space", space, "--study", study, "--launcher", TRAINER, "--lease", "4"]
-    process = Process(tmp_path / "log", *command, SWEEP_TRAINER_SECONDS="0.5")
+    (tmp_path / "brake").write_text("5")
+    process = Process(tmp_path / "log", *command, SWEEP_TRAINER_BRAKE=str(tmp_path / "brake"))
     wait_for(lambda: len(steps_of(study, 0)) > 2)
     with contextlib.closing(sqlite3.connect(study / "study.db", timeout=30)) as connection:
         connection.execute("BEGIN IMMEDIATE")
@@ -185,7 +201,7 @@ def test_adaptive_search_prunes_bad_trials(tmp_path: Path, capfd: pytest.Capture
     study = tmp_path / "study"
     process = Process(
         tmp_path / "log", "--space", space, "--study", study, "--launcher", TRAINER, "--slots", "2",
-        SWEEP_TRAINER_SECONDS="0.15",
+        SWEEP_TRAINER_SECONDS="0.07",
     )  # fmt: skip
     assert process.code() == 0, process.said()
     rows = Study(study).rows()

@@ -3,7 +3,8 @@
 python tests/support/sweep_trainer.py launch/train.py --config=FILE --run.dir=DIR --run.resume=auto
 
 Every step takes SWEEP_TRAINER_SECONDS, writes a line of metrics and a line of steps.log (which nothing cuts), and is
-saved. The loss falls with the steps towards the distance of the learning rate from 0.01.
+saved. While there is a file SWEEP_TRAINER_BRAKE, it waits at the step that stands in it, or a later one, so that a test
+finds it in its midst. The loss falls with the steps towards the distance of the learning rate from 0.01.
 """
 
 from __future__ import annotations
@@ -26,6 +27,14 @@ def write(path: Path, content: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def brake() -> float:
+    """The step at which it waits now."""
+    try:
+        return int(Path(os.environ.get("SWEEP_TRAINER_BRAKE", "")).read_text())
+    except (OSError, ValueError):  # none, or one that is being written
+        return math.inf
+
+
 def main() -> int:
     """Run the program."""
     given = dict(word.split("=", 1) for word in sys.argv[2:])
@@ -44,6 +53,8 @@ def main() -> int:
     step = json.loads(saved.read_text())["step"] if saved.exists() else 0
     write(run / "status.json", {"state": "running", "step": step})
     while step < steps:
+        while step >= brake() and not (run / "stop").exists():
+            time.sleep(0.02)
         if (run / "stop").exists():
             write(run / "status.json", {"state": "stopped", "step": step})
             return 143

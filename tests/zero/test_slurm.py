@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.clean_environment import without_ranks
+from tests.support import kill_and_resume
 from tests.support.kill_and_resume import prepare
 from tests.support.slurm_cluster import Cluster, slurm_cluster, why_not
 from titans_ds.errors import ConfigError
@@ -49,15 +48,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["lora"], config["evaluation"] = None, {"interval": 0}
     config["training"]["steps"], config["checkpoint"]["interval"] = STEPS, 10
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "deepspeed": None}))
+    assert kill_and_resume.finish(kill_and_resume.start(folder, "alone", 1)), (folder / "alone.log").read_text()
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(folder / "config.yaml")]
-    done = subprocess.run(
-        [*command, "--run.dir", str(folder / "alone"), "--deepspeed=null"],
-        env=without_ranks(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 

@@ -6,6 +6,7 @@ deepspeed is imported when it is first used.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import warnings
@@ -93,6 +94,20 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer without torch.compile.
+
+    DeepSpeed imports it at every start, to compare its type with the optimizer's. Preparing its kernels for
+    torch.compile takes seconds of every rank, and no run here has that optimizer.
+    """
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    before, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = before
+
+
 class DeepSpeedEngine(Generic[Module]):
     """Runs a module under ZeRO 0 to 3.
 
@@ -109,7 +124,9 @@ class DeepSpeedEngine(Generic[Module]):
         zero = config.get("zero_optimization", {})
         if zero.get("stage") == 3:
             config = {**config, "zero_optimization": prefetch_whole(zero, mark_whole(module))}
-        self._engine = import_deepspeed().initialize(model=module, optimizer=cast(Any, optimizer), config=config)[0]
+        deepspeed = import_deepspeed()
+        _import_muon()
+        self._engine = deepspeed.initialize(model=module, optimizer=cast(Any, optimizer), config=config)[0]
 
     @property
     def module(self) -> Module:
