@@ -18,14 +18,13 @@ Legend of shape suffixes: B batch, T tokens, N heads, D width of a head, R chunk
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import gc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +39,17 @@ from titans_ds.errors import ConfigError, TitansError
 from titans_ds.memory import Pass
 from titans_ds.memory.delta import DeltaConfig, backends
 from titans_ds.memory.graphs import MemoryGraphs
-from titans_ds.memory.mlp import chunks, kernels
-from titans_ds.memory.mlp.chunks import Work
-from titans_ds.memory.mlp.gates import GateValues, coefficients
-from titans_ds.memory.mlp.network import Form
-from titans_ds.memory.mlp.optimizers import Fast
-from titans_ds.memory.mlp.rule import Inner, Pairs
+from titans_ds.memory.mlp import kernels
 from titans_ds.memory.registry import make_memory
 from titans_ds.program import program
+
+
+class Place(NamedTuple):
+    """Where a row's tensors are made, and in which precision."""
+
+    device: torch.device
+    dtype: torch.dtype
+
 
 Shape = tuple[int, int]  # heads, and the width of one
 Step = Callable[[bool], None]  # forward, and backward if asked
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
         columns = ("width", "rule", "backend", "relative error", "of the loop", "")
         print(markdown(columns, ([*name.split(), *cells] for name, cells in rows.items())))
         return int(any("WRONG" in cells for cells in rows.values()))
-    for name, make in rows_of(options, device):
+    for name, make in rows_of(options, Place(device, options.dtype)):
         if options.rows and not any(wanted in name for wanted in options.rows):
             continue
         report["rows"][name] = measure(make, name.endswith("graphs"), device, options.seconds)
@@ -83,33 +85,28 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def rows_of(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Callable[[], Step]]]:
+def rows_of(options: argparse.Namespace, at: Place) -> Iterator[tuple[str, Callable[[], Step]]]:
     """Every row's name, and what builds its step on the device."""
     for heads, width in TINY if options.tiny else SHAPES:
         size = (options.batch, options.tokens, heads, width)
-        for graphs in (False, True) if device.type == "cuda" else (False,):
+        for graphs in (False, True) if at.device.type == "cuda" else (False,):
             end = " graphs" if graphs else ""
             for rule in ("delta", "gated_delta"):
                 for backend in ("fla", "chunkwise"):
-                    make = functools.partial(delta_core, rule == "gated_delta", backend, size, graphs, device)
+                    make = functools.partial(delta_core, rule == "gated_delta", backend, size, graphs, at)
                     yield f"{heads}x{width} core {rule} {backend}{end}", make
-            yield f"{heads}x{width} core titans{end}", functools.partial(titans_core, size, graphs, device)
             for name in ("delta", "gated_delta", "titans"):
-                yield f"{heads}x{width} layer {name}{end}", functools.partial(layer, name, size, graphs, device)
-        yield f"{heads}x{width} layer titans-pytorch", functools.partial(titans_pytorch, size, device)
+                yield f"{heads}x{width} layer {name}{end}", functools.partial(layer, name, size, graphs, at)
+        yield f"{heads}x{width} layer titans-pytorch", functools.partial(titans_pytorch, size, at)
         if options.ttt_lm is not None:
-            yield f"{heads}x{width} layer ttt-lm-pytorch", functools.partial(ttt_lm, options.ttt_lm, size, device)
+            yield f"{heads}x{width} layer ttt-lm-pytorch", functools.partial(ttt_lm, options.ttt_lm, size, at)
 
 
-def random(*shape: int, device: torch.device, dtype: torch.dtype | None = None, unit: bool = False) -> Tensor:
+def random(*shape: int, at: Place, dtype: torch.dtype | None = None, unit: bool = False) -> Tensor:
     """Random numbers that gradients are asked for, the same in every run; with `unit` rows of norm 1."""
     drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
     drawn = F.normalize(drawn, dim=-1) if unit else drawn
-    return drawn.to(device, dtype or _dtype(device)).requires_grad_()
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return drawn.to(at.device, dtype or at.dtype).requires_grad_()
 
 
 def stepper(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Step:
@@ -137,65 +134,41 @@ def replayed(run: Callable[[Tensors, Tensors], Result], given: Tensors, graphs: 
     return stepper(forward, list(given.values()))
 
 
-def delta_inputs(gated: bool, size: tuple[int, ...], device: torch.device) -> dict[str, Tensor | None]:
+def delta_inputs(gated: bool, size: tuple[int, ...], at: Place) -> dict[str, Tensor | None]:
     """Arguments of naive.delta_rule by name, in its order."""
     batch, tokens, heads, width = size
     wide = torch.float32
-    step = torch.sigmoid(random(batch, tokens, heads, device=device, dtype=wide)).detach().requires_grad_()
-    keep = F.logsigmoid(5 + random(batch, tokens, heads, device=device, dtype=wide)).detach().requires_grad_()
+    step = torch.sigmoid(random(batch, tokens, heads, at=at, dtype=wide)).detach().requires_grad_()
+    keep = F.logsigmoid(5 + random(batch, tokens, heads, at=at, dtype=wide)).detach().requires_grad_()
     return {
-        "queries": random(*size, device=device, unit=True),
-        "keys": random(*size[:-1], width, device=device, unit=True),
-        "values": random(*size, device=device),
+        "queries": random(*size, at=at, unit=True),
+        "keys": random(*size[:-1], width, at=at, unit=True),
+        "values": random(*size, at=at),
         "step": step,
         "log_keep": keep if gated else None,
-        "state": random(batch, heads, width, width, device=device, dtype=wide),
+        "state": random(batch, heads, width, width, at=at, dtype=wide),
     }
 
 
-def delta_core(gated: bool, backend: str, size: tuple[int, ...], graphs: bool, device: torch.device) -> Step:
+def delta_core(gated: bool, backend: str, size: tuple[int, ...], graphs: bool, at: Place) -> Step:
     """The (gated) delta rule by one backend. Raises ConfigError where fla can't."""
     config = DeltaConfig(dim=size[2] * size[3], heads=size[2], backend=backend)  # type: ignore[arg-type]
-    given = {name: t for name, t in delta_inputs(gated, size, device).items() if t is not None}
+    given = {name: t for name, t in delta_inputs(gated, size, at).items() if t is not None}
     backends.choose(config, given["queries"])
 
     def run(given: Tensors, _: Tensors) -> Result:
         arguments = (given["queries"], given["keys"], given["values"], given["step"], given.get("log_keep"))
         return Result({"reads": backends.delta_rule(config, *arguments, given["state"])[0]})
 
-    return replayed(run, given, graphs, device)
+    return replayed(run, given, graphs, at.device)
 
 
-def titans_core(size: tuple[int, ...], graphs: bool, device: torch.device) -> Step:
-    """Titans' rule as its preset has it, from keys, values, queries and the gates' logits."""
-    batch, tokens, heads, width = size
-    chunk, rows = min(TITANS_CHUNK, tokens), batch * heads
-    rule, wide = preset("titans").rule, torch.float32
-    split = (rows, tokens // chunk, chunk)
-    given = {name: random(*split, width, device=device, unit=True) for name in ("keys", "values", "queries")}
-    given |= {name: random(*split, device=device, dtype=wide) for name in ("step_size", "momentum", "forget_gate")}
-    given |= {name: random(rows, width, width, device=device, dtype=wide, unit=True) for name in ("w0", "w1")}
-
-    def run(given: Tensors, _: Tensors) -> Result:
-        gates = {name: given[name] for name in ("step_size", "momentum", "forget_gate")}
-        weights = coefficients(GateValues(None, **gates), rule, given["step_size"])
-        matrices = (given["w0"], given["w1"])
-        fast = Fast(matrices, tuple(torch.zeros_like(w) for w in matrices))
-        work = Work(Pairs(given["keys"], given["values"]), None, weights, None, split[1], split[1])
-        inner = Inner(rule, Form(), torch.full((2,), 0.1, device=device), 1)
-        reads, _ = chunks.run(fast, work, inner, given["queries"], contextlib.nullcontext)
-        assert reads is not None
-        return Result({"reads": reads})
-
-    return replayed(run, given, graphs, device)
-
-
-def layer(name: str, size: tuple[int, ...], graphs: bool, device: torch.device) -> Step:
+def layer(name: str, size: tuple[int, ...], graphs: bool, at: Place) -> Step:
     """A preset's memory of one layer, as wide as its model, at second order."""
     batch, tokens, heads, width = size
-    memory = make_memory(heads * width, preset(name, dim=heads * width, heads=heads), 0).to(device)
+    memory = make_memory(heads * width, preset(name, dim=heads * width, heads=heads), 0).to(at.device)
     memory.graphs = MemoryGraphs("on" if graphs else "off")
-    hidden = random(batch, tokens, heads * width, device=device)
+    hidden = random(batch, tokens, heads * width, at=at)
     return stepper(lambda: memory(hidden, None, None, None, WRITE)[0], [hidden, *memory.parameters()])
 
 
@@ -211,7 +184,7 @@ class SiluMlp(nn.Module):
         return F.silu(x @ self.w0.mT) @ self.w1.mT
 
 
-def titans_pytorch(size: tuple[int, ...], device: torch.device) -> Step:
+def titans_pytorch(size: tuple[int, ...], at: Place) -> Step:
     """titans-pytorch's NeuralMemory with the same MLP, activation, gates and momentum."""
     from titans_pytorch import NeuralMemory
 
@@ -227,12 +200,12 @@ def titans_pytorch(size: tuple[int, ...], device: torch.device) -> Step:
         activation=nn.SiLU(),
         mem_model_norm_add_residual=False,
         default_step_transform_max_lr=0.1,
-    ).to(device, _dtype(device))
-    hidden = random(batch, tokens, heads * width, device=device)
+    ).to(at.device, at.dtype)
+    hidden = random(batch, tokens, heads * width, at=at)
     return stepper(lambda: memory(hidden)[0], [hidden, *memory.parameters()])
 
 
-def ttt_lm(path: Path, size: tuple[int, ...], device: torch.device) -> Step:
+def ttt_lm(path: Path, size: tuple[int, ...], at: Place) -> Step:
     """`TTTLinear` of a user's copy of ttt-lm-pytorch's ttt.py: the layer, projections to output."""
     spec = importlib.util.spec_from_file_location("ttt_lm_pytorch", path)
     assert spec is not None
@@ -248,9 +221,9 @@ def ttt_lm(path: Path, size: tuple[int, ...], device: torch.device) -> Step:
         intermediate_size=2 * heads * width,
         num_hidden_layers=1,
     )
-    theirs = module.TTTLinear(config, layer_idx=0).to(device, _dtype(device))
-    hidden = random(batch, tokens, heads * width, device=device)
-    places = torch.arange(tokens, device=device).expand(batch, -1)
+    theirs = module.TTTLinear(config, layer_idx=0).to(at.device, at.dtype)
+    hidden = random(batch, tokens, heads * width, at=at)
+    places = torch.arange(tokens, device=at.device).expand(batch, -1)
     return stepper(lambda: theirs(hidden, position_ids=places), [hidden, *theirs.parameters()])
 
 
@@ -318,11 +291,11 @@ def check(options: argparse.Namespace, device: torch.device) -> dict[str, list[s
             outcome = functools.partial(results, (2, options.tokens, 1, width), device)
             first, *others = ("loop", "torch", "triton") if rule == "titans" else ("naive", "chunkwise", "fla")
             exact = outcome(first, torch.float64)
-            loop = _error(outcome(first, _dtype(device)), exact)
+            loop = _error(outcome(first, options.dtype), exact)
             rows[f"{width} {rule} {first}"] = [f"{loop:.1e}", f"{loop:.1e}"]
             for backend in others:
                 try:
-                    error = _error(outcome(backend, _dtype(device)), exact)
+                    error = _error(outcome(backend, options.dtype), exact)
                 except TitansError as reason:  # not for this width, device or dtype
                     rows[f"{width} {rule} {backend}"] = [f"can't: {first_line(reason)}"]
                     continue
@@ -336,7 +309,7 @@ def _delta_results(
 ) -> list[Tensor]:
     config = DeltaConfig(dim=size[3], backend=backend)  # type: ignore[arg-type]
     given = []
-    for name, value in delta_inputs(gated, size, torch.device("cpu")).items():
+    for name, value in delta_inputs(gated, size, Place(torch.device("cpu"), torch.float32)).items():
         wide = torch.promote_types(dtype, torch.float32) if name in ("step", "log_keep", "state") else dtype
         given.append(None if value is None else value.detach().to(device, wide).requires_grad_())
     reads, state = backends.delta_rule(config, *given)  # type: ignore[arg-type]
@@ -346,7 +319,12 @@ def _delta_results(
 def _titans_results(size: tuple[int, ...], device: torch.device, backend: str, dtype: torch.dtype) -> list[Tensor]:
     memory = make_memory(size[3], preset("titans", dim=size[3]), 0)
     memory = memory.to(device, torch.promote_types(dtype, torch.float32))
-    hidden = random(*size[:2], size[3], device=torch.device("cpu")).detach().to(device, dtype).requires_grad_()
+    hidden = (
+        random(*size[:2], size[3], at=Place(torch.device("cpu"), torch.float32))
+        .detach()
+        .to(device, dtype)
+        .requires_grad_()
+    )
     with kernels.choice(backend):
         read, state, _ = memory(hidden, None, None, None, WRITE)
         matrices = [state[name] for name in sorted(state) if name[0] in "ws"]
@@ -370,12 +348,14 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="results against the loop in fp64, in place of times")
     parser.add_argument("--batch", type=many, help="samples of a call (default: 4)")
     parser.add_argument("--tokens", type=many, help="of a sample (default: 4096; with --check 512)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 on a GPU, else float32)")
     parser.add_argument("--ttt-lm", type=Path, metavar="FILE", help="a copy of ttt-lm-pytorch's ttt.py")
     parser.add_argument("--seconds", type=float, default=0.3, help="to repeat a measurement for (default: 0.3)")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     parser.add_argument("--out", type=Path, help="write the report as JSON after every row")
     options = parser.parse_args(argv)
     options.batch = options.batch or (2 if options.tiny else 4)
+    options.dtype = getattr(torch, options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
     options.tokens = options.tokens or (2 * TITANS_CHUNK if options.tiny else 512 if options.check else 4096)
     if options.tokens % min(TITANS_CHUNK, options.tokens):
         parser.error(f"--tokens is {options.tokens}; it must be a multiple of {TITANS_CHUNK}, or below it")

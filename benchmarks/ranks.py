@@ -65,6 +65,8 @@ CASES = {
     "zero3": Case(3),
     "one-second": replace(_SECOND, stage=0, ranks=1, lanes=1),
     "same-second": replace(_SECOND, stage=0, ranks=1),
+    "one-zero2-second": replace(_SECOND, ranks=1, lanes=1),
+    "one-zero2-second-offload": replace(_SECOND, ranks=1, lanes=1, offload=True),
     "zero2-second": _SECOND,
     "zero2-second-offload": replace(_SECOND, offload=True),
     "zero3-second-offload": replace(_SECOND, stage=3, offload=True),
