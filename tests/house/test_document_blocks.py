@@ -71,12 +71,12 @@ EXPECTED = {
 
 def test_a_block_that_fails_ends_the_page_and_is_named(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("# A page\n\n```python\nx = 1\n```\n\n```bash\nfalse | true\n```\n\n```python\nprint('here', x)\n```\n")
+    page.write_text("```python\nx = 1\n```\n\n```bash\nfalse | true\n```\n\n```python\nprint('here', x)\n```\n")
     done = subprocess.run(
         [sys.executable, documents.__file__, str(page)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert done.stdout.splitlines() == ["--- page.md:3", "--- page.md:7"]
+    assert done.stdout.splitlines() == ["--- page.md:1", "--- page.md:5"]
     page.write_text(page.read_text().replace("false", "true"))
     done = subprocess.run(
         [sys.executable, documents.__file__, str(page)], cwd=tmp_path, capture_output=True, text=True, check=True

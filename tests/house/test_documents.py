@@ -18,7 +18,7 @@ FOLDERS = [p for top in ("titans_ds", "launch", "eval", "data_prep", "ds_configs
 LINKED = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *FOLDERS})
 WITH_CODE = [ROOT / "README.md", *PAGES]
 MOST_WORDS = 900  # of a page, code and tables too
-GENERATED = {"models.md"}  # its table has a line for each type of model
+GENERATED = {"model_types.md"}  # its table has a line for each type of model
 README_LINES, README_NUMBERS = 120, 5  # at most; numbers for each 100 words of prose
 
 
@@ -37,6 +37,15 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
         if not known or (anchor and goal.suffix == ".md" and anchor not in anchors(goal)):
             broken.append(target)
     assert broken == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *WITH_CODE], ids=name)
+def test_paths_in_the_text_exist(page: Path) -> None:
+    """`path/like/this.py` in backticks, as seen from the project's root."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    tops = "titans_ds|launch|eval|data_prep|ds_configs|docs|tests|benchmarks|examples"
+    paths = [path for path in re.findall(rf"`((?:{tops})/[\w./-]+)`", text) if "NAME" not in path]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in GENERATED], ids=name)
