@@ -136,3 +136,5 @@ def test_a_training_step_comes_to_the_write_of_a_token_through_few_files(tmp_pat
     assert entered[0] == "titans_ds/training/step.py"
     assert entered[-1] == "titans_ds/memory/delta/chunkwise.py"
     assert len(entered) <= MOST_ENTERED, "\n".join(entered)
+    page = (ROOT / "docs/reading_the_code.md").read_text()
+    assert [name for name in entered if f"`{name.removeprefix('titans_ds/')}`" not in page] == []

@@ -1,6 +1,6 @@
 """Every causal model type of the installed transformers, tiny and random, with the default memory: what works.
 
-    python -m tests.support.model_types                  writes the table of docs/models.md
+    python -m tests.support.model_types                  writes the table of docs/model_types.md
     python -m tests.support.model_types llama mixtral    tries these types and prints what it finds
 
 A type that can be grafted must pass every check of `Checks`; one that can't is refused with a reason, which the table
@@ -33,7 +33,7 @@ from titans_ds.errors import TitansError
 from titans_ds.graft import families
 from titans_ds.memory import READ
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "model_types.md"
 START, END = "<!-- table: python -m tests.support.model_types -->", "<!-- end of the table -->"
 SECONDS = 60  # of processor time; a type that takes longer is not tried
 MOST_PARAMETERS = 50_000_000  # a tiny configuration that isn't: its own names for sizes are not among TINY's
@@ -302,7 +302,7 @@ def row(finding: Finding) -> str:
 
 
 def table(findings: list[Finding]) -> str:
-    """The part of docs/models.md between its marks."""
+    """The part of docs/model_types.md between its marks."""
     works = [f for f in findings if f.works]
     lines = [f"transformers {transformers.__version__}: {len(works)} of its {len(findings)} causal types.", ""]
     lines += ["| model type | layers | attach | train | cached generation |", "|---|---|---|---|---|"]
