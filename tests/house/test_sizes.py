@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("titans_ds", "launch", "eval", "data_prep", "benchmarks")
 MOST_FILES = 20  # side by side in a folder
 # Lines of code at most. A number goes down with what is removed; it goes up with a capability that is worth it.
-MOST_LINES = {"titans_ds/memory": 3_915, "benchmarks": 1_200, "": 24_860}
+MOST_LINES = {"titans_ds/memory": 3_915, "benchmarks": 1_200, "": 27_000}
 MOST_ENTERED = 15  # files of the library, from a step of the loop to the first write
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
